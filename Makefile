@@ -1,0 +1,43 @@
+# One environment in $(VENV), made by the best Python present (see find_python.sh) and remade when pyproject.toml changes.
+# Another Python: make test PYTHON=python3.11 VENV=.venv311
+
+VENV ?= .venv
+PYTHON ?= $(shell sh ./find_python.sh)
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench clean
+
+help:
+	@echo "make demo   environment, default model, two questions of a text 14 times longer than its context"
+	@echo "make test   environment and the whole test suite"
+	@echo "make lint   style, formatting and types"
+	@echo "make bench  full attention against GemFilter on this device"
+	@echo "make clean  remove the environment"
+
+$(READY): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 with venv found; name one: make PYTHON=..." >&2; exit 1; }
+	@echo "Making $(VENV) with $$($(PYTHON) --version); the first time takes a few minutes"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --upgrade --progress-bar=on "pip>=24"
+	$(BIN)/python -m pip install --progress-bar=on --editable ".[dev]"
+	$(BIN)/gemfilter fetch smollm2
+	@touch $(READY)
+
+demo: $(READY)
+	@sh ./demo.sh $(BIN)
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+
+bench: $(READY)
+	$(BIN)/gemfilter bench --lengths=1024,2048,4096,7900 --keep=512 --output=bench.json
+
+clean:
+	rm -rf $(VENV)

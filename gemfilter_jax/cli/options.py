@@ -1,0 +1,162 @@
+"""Flags that several commands share, and what is made of them."""
+
+import os
+import pathlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+
+from gemfilter_jax.errors import UserError
+
+if TYPE_CHECKING:  # commands parse their flags before they import JAX, so that a mistake is told at once
+    from gemfilter_jax.methods import GemFilter, Method
+    from gemfilter_jax.pipeline import KeptText, Pipeline
+
+_METHODS = ("full", "default", "paper")
+
+
+def define_model(values: flags.FlagValues) -> None:
+    """--model and how to load and address it."""
+    flags.DEFINE_string("model", "smollm2", "A model folder, a .gguf file, a hub id, or smollm2.", flag_values=values)
+    flags.DEFINE_enum(
+        "dtype",
+        "auto",
+        ["auto", "float32", "bfloat16"],
+        "Of weights and activations; auto is bfloat16 on accelerators, float32 on CPU.",
+        flag_values=values,
+    )
+    flags.DEFINE_bool("chat_template", True, "Wrap prompts in the model's chat template.", flag_values=values)
+    flags.DEFINE_string(
+        "message_format",
+        None,
+        "How text and question become one message; holds {text} once and {question} after it.",
+        flag_values=values,
+    )
+
+
+def define_filter(values: flags.FlagValues) -> None:
+    """--keep and --filter_layer."""
+    flags.DEFINE_integer(
+        "keep", None, "Tokens to keep; the model's preset if not given.", lower_bound=1, flag_values=values
+    )
+    flags.DEFINE_integer(
+        "filter_layer",
+        None,
+        "The layer that picks, from 0; the model's preset if not given.",
+        lower_bound=0,
+        flag_values=values,
+    )
+
+
+def define_rule(values: flags.FlagValues) -> None:
+    """--rule."""
+    flags.DEFINE_enum("rule", "default", ["default", "paper"], "How tokens are picked.", flag_values=values)
+
+
+def define_prompt(values: flags.FlagValues) -> None:
+    """--prompt_file, --question and what to make of the kept text."""
+    flags.DEFINE_string("prompt_file", None, "The long text; standard input if not given.", flag_values=values)
+    flags.DEFINE_string(
+        "question", None, "What to ask of the text; without it the text ends in its own question.", flag_values=values
+    )
+    flags.DEFINE_enum("format", "text", ["text", "json"], "Of what is printed.", flag_values=values)
+    flags.DEFINE_string(
+        "report", None, "Write an HTML page with the kept passages highlighted to this file.", flag_values=values
+    )
+
+
+def define_comparison(values: flags.FlagValues, lengths: list[str]) -> None:
+    """--method, --lengths and --output of commands that compare."""
+    flags.DEFINE_multi_enum(
+        "method",
+        list(_METHODS),
+        _METHODS,
+        "What to compare; may be given several times.",
+        flag_values=values,
+    )
+    flags.DEFINE_list("lengths", lengths, "Tokens of text, several with commas.", flag_values=values)
+    flags.DEFINE_string("output", None, "Write the result as JSON to this file.", flag_values=values)
+
+
+def read_prompt(values: flags.FlagValues) -> str:
+    """The prompt's text.
+
+    Raises:
+      UserError: there is none, or it is not UTF-8.
+    """
+    if values.prompt_file is None:
+        if sys.stdin.isatty():
+            raise UserError("no prompt; give --prompt_file=FILE or send text to standard input")
+        name, data = "standard input", sys.stdin.buffer.read()
+    else:
+        name = f"--prompt_file={values.prompt_file}"
+        try:
+            data = pathlib.Path(values.prompt_file).read_bytes()
+        except OSError as error:
+            raise UserError(f"{name}: cannot be read ({error.strerror})") from error
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}: not UTF-8 (byte 0x{data[error.start]:02x} at offset {error.start})") from error
+    if not text.strip():
+        raise UserError(f"{name}: the prompt is empty; give some text")
+    return text
+
+
+def load_pipeline(values: flags.FlagValues) -> "Pipeline":
+    """Load --model, with compiled programs kept in the user's cache folder between runs."""
+    import jax
+
+    from gemfilter_jax import pipeline, prompts
+
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "gemfilter_jax"
+    jax.config.update("jax_compilation_cache_dir", str(cache / "programs"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    return pipeline.load(
+        values.model,
+        dtype=values.dtype,
+        chat_template=values.chat_template,
+        message_format=values.message_format or prompts.MESSAGE_FORMAT,
+    )
+
+
+def chosen_method(values: flags.FlagValues, model: "Pipeline") -> "GemFilter":
+    """--rule, --keep and --filter_layer over the model's preset; says so where the model has none."""
+    if model.preset.name == "none" and values.filter_layer is None:
+        print(model.preset.source, file=sys.stderr)
+    return model.method(values.rule, keep=values.keep, filter_layer=values.filter_layer)
+
+
+def lengths(values: flags.FlagValues) -> list[int]:
+    """--lengths as numbers."""
+    for length in values.lengths:
+        if not length.isdecimal() or int(length) < 1:
+            raise UserError(f"--lengths={','.join(values.lengths)}: {length!r} is not a whole number of at least 1")
+    return [int(length) for length in values.lengths]
+
+
+def compared_methods(values: flags.FlagValues, model: "Pipeline") -> dict[str, "Method"]:
+    """--method, each with --keep and --filter_layer where it has them."""
+    from gemfilter_jax.methods import Full
+
+    return {
+        name: Full() if name == "full" else model.method(name, keep=values.keep, filter_layer=values.filter_layer)
+        for name in values.method
+    }
+
+
+def layers_run(model: "Pipeline", method: "GemFilter") -> str:
+    """How much of the model stage 1 ran, for people."""
+    return f"layers 0 to {method.filter_layer} of {model.checkpoint.model.config.layers} picked"
+
+
+def kept_fields(kept: "KeptText", timings: dict[str, float]) -> dict[str, Any]:
+    """What the JSON of every command says of the kept tokens."""
+    return {
+        "prompt_tokens": kept.prompt_tokens,
+        "kept_tokens": kept.kept_tokens,
+        "indices": kept.indices,
+        "spans": kept.spans,
+        "timings": timings,
+    }

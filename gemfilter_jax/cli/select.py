@@ -1,0 +1,53 @@
+"""Print what GemFilter keeps of a long text, so that it can be sent to any other model.
+
+  gemfilter select --prompt_file=book.txt --question="Who is the narrator?" --keep=512
+
+Text is the kept passages, one after another; on a terminal they are highlighted in their surroundings. JSON has
+prompt_tokens, kept_tokens, indices, spans (character offsets into the prompt) and timings.
+"""
+
+import json
+import sys
+
+from absl import flags
+
+from gemfilter_jax.cli import command, options
+
+FLAGS = flags.FlagValues()
+options.define_model(FLAGS)
+options.define_prompt(FLAGS)
+options.define_rule(FLAGS)
+options.define_filter(FLAGS)
+
+
+def main(_: list[str]) -> None:
+    """The command."""
+    from rich.console import Console
+
+    from gemfilter_jax.reporting import files, html, terminal
+
+    text = options.read_prompt(FLAGS)
+    if FLAGS.report:
+        files.check_writable(FLAGS.report, "report")
+    model = options.load_pipeline(FLAGS)
+    method = options.chosen_method(FLAGS, model)
+    with terminal.reading_progress(Console(stderr=True)) as progress:
+        kept, timings = model.select(text, FLAGS.question, method=method, progress=progress)
+    if FLAGS.format == "json":
+        print(json.dumps(options.kept_fields(kept, timings)))
+    elif sys.stdout.isatty():
+        terminal.show_kept(Console(), kept)
+    else:
+        print("\n".join(kept.passages))
+    if FLAGS.report:
+        files.write_whole(FLAGS.report, html.page(kept, FLAGS.question))
+    print(terminal.closing_lines(kept, options.layers_run(model, method), timings), file=sys.stderr)
+
+
+def run() -> None:
+    """Parse the command line and run."""
+    command.run(main, FLAGS, str(__doc__))
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,58 @@
+"""What to keep of a prompt, as frozen hashable policies."""
+
+import dataclasses
+from typing import Literal
+
+from gemfilter_jax.scoring import Normalisation
+from gemfilter_jax.selection import Pooling
+
+
+@dataclasses.dataclass(frozen=True)
+class Full:
+    """Keep everything: full attention, the baseline."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GemFilter:
+    """Keep the tokens that one early layer attends to from the end of the prompt (arXiv 2409.17422).
+
+    The defaults are this project's default rule; `GemFilter.paper` is the published one.
+
+    Attributes:
+      filter_layer: r, 0-based: layers 0..r-1 run, layer r's keys and queries score.
+      keep: K, tokens kept, required ones included.
+      window: W, observation rows at the end of the prompt.
+      normalisation: see `scoring.score_keys`; prompts cut into segments are scored with "sink" in place of "softmax".
+      head_weights: one weight for each query head, or None for all heads alike.
+      pooling, kernel: neighbours pooled before ranking. chunk: P, tokens ranked and kept together.
+      keep_required: always keep the template's head, the question and the assistant header.
+      positions: rotary positions of the kept tokens in stage 2: "compact" (0..K-1, as published) or "original".
+    """
+
+    filter_layer: int
+    keep: int = 1024
+    window: int = 32
+    normalisation: Normalisation = "softmax"
+    head_weights: tuple[float, ...] | None = None
+    pooling: Pooling = "max"
+    kernel: int = 9
+    chunk: int = 32
+    keep_required: bool = True
+    positions: Literal["compact", "original"] = "compact"
+
+    @classmethod
+    def paper(cls, filter_layer: int, keep: int = 1024) -> "GemFilter":
+        """The published rule: one row, raw inner products over all heads, mean of 5 neighbours, single tokens."""
+        return cls(
+            filter_layer=filter_layer,
+            keep=keep,
+            window=1,
+            normalisation="none",
+            pooling="mean",
+            kernel=5,
+            chunk=1,
+            keep_required=False,
+        )
+
+
+Method = Full | GemFilter

@@ -1,0 +1,233 @@
+"""The decoder, once, for every family: pre-norm attention and gated-MLP layers stacked in one pytree.
+
+Axes: B batch, S sequence, W observation rows, C cache capacity, L layers, D model width, H query heads,
+G key/value heads, E head width, F MLP width, V vocabulary. Sequences are padded on the right; `lengths` [B] are the
+true lengths. Norms, rotary, softmax and logits are computed in float32, everything else in the weights' dtype.
+
+Layer weights carry a leading L axis and layers are walked by a loop whose bound may be traced, so one compiled program
+serves every number of layers.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gemfilter_jax import attention
+from gemfilter_jax.config import ModelConfig
+from gemfilter_jax.errors import UserError
+from gemfilter_jax.kv_cache import KVCache
+from gemfilter_jax.models.rotary import rotary_table, rotate
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_pytorch_tanh": jax.nn.gelu,
+    "relu": jax.nn.relu,
+}
+_MLP_BLOCK = 2048  # rows of the sequence that pass through the MLP at a time: bounds its [B, block, F] temporaries
+
+_Table = tuple[jax.Array, jax.Array]
+
+
+def _matmul(x: jax.Array, kernel: jax.Array, **kwargs) -> jax.Array:
+    """Float32 weights mean float32 results: accelerators would otherwise round float32 inputs down."""
+    precision = jax.lax.Precision.HIGHEST if kernel.dtype == jnp.float32 else None
+    return jnp.matmul(x, kernel, precision=precision, **kwargs)
+
+
+class Linear(nnx.Module):
+    """x [..., in] -> [..., out], kernel [in, out]."""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool = False, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (inputs, outputs), dtype))
+        self.bias = nnx.Param(jnp.zeros((outputs,), dtype)) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., in] -> [..., out]."""
+        y = _matmul(x, self.kernel[...])
+        return y if self.bias is None else y + self.bias[...]
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm over the last axis (Zhang and Sennrich 2019), in float32."""
+
+    def __init__(self, width: int, eps: float, *, dtype: jax.typing.DTypeLike):
+        self.scale = nnx.Param(jnp.ones((width,), dtype))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., width] -> the same shape and dtype."""
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return wide.astype(x.dtype) * self.scale[...]
+
+
+class DecoderLayer(nnx.Module):
+    """One layer: the pieces of attention, so that a caller may stop between them, and the MLP."""
+
+    def __init__(self, config: ModelConfig, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
+        def linear(inputs: int, outputs: int, bias: bool) -> Linear:
+            return Linear(inputs, outputs, bias=bias, dtype=dtype, rngs=rngs)
+
+        c = config
+        self.head_width = c.head_width
+        self.activation = c.activation
+        self.attention_norm = RMSNorm(c.width, c.rms_eps, dtype=dtype)
+        self.query = linear(c.width, c.heads * c.head_width, c.attention_bias)
+        self.key = linear(c.width, c.kv_heads * c.head_width, c.attention_bias)
+        self.value = linear(c.width, c.kv_heads * c.head_width, c.attention_bias)
+        self.output = linear(c.heads * c.head_width, c.width, c.attention_bias)
+        self.mlp_norm = RMSNorm(c.width, c.rms_eps, dtype=dtype)
+        self.gate = linear(c.width, c.mlp_width, c.mlp_bias)
+        self.up = linear(c.width, c.mlp_width, c.mlp_bias)
+        self.down = linear(c.mlp_width, c.width, c.mlp_bias)
+
+    def queries(self, normed: jax.Array, table: _Table) -> jax.Array:
+        """[B, S, D] -> rotated queries [B, S, H, E]."""
+        return rotate(self._split_heads(self.query(normed)), table)
+
+    def keys(self, normed: jax.Array, table: _Table) -> jax.Array:
+        """[B, S, D] -> rotated keys [B, S, G, E]."""
+        return rotate(self._split_heads(self.key(normed)), table)
+
+    def values(self, normed: jax.Array) -> jax.Array:
+        """[B, S, D] -> values [B, S, G, E]."""
+        return self._split_heads(self.value(normed))
+
+    def close(self, x: jax.Array, attended: jax.Array) -> jax.Array:
+        """Residual stream x [B, S, D] and attention's result [B, S, H, E] -> the next layer's x."""
+        x = x + self.output(attended.reshape(*x.shape[:2], -1))
+        return x + _in_blocks(self._mlp, x)
+
+    def _mlp(self, x: jax.Array) -> jax.Array:
+        with jax.named_scope("mlp"):
+            normed = self.mlp_norm(x)
+            return self.down(ACTIVATIONS[self.activation](self.gate(normed)) * self.up(normed))
+
+    def _split_heads(self, x: jax.Array) -> jax.Array:
+        return x.reshape(*x.shape[:2], -1, self.head_width)
+
+
+def _in_blocks(fn, x: jax.Array) -> jax.Array:
+    """fn over blocks of the sequence axis of x [B, S, D], one at a time; a remainder is its own block."""
+    batch, length, width = x.shape
+    whole = length // _MLP_BLOCK
+    if whole <= 1:
+        return fn(x)
+    cut = whole * _MLP_BLOCK
+    blocks = x[:, :cut].reshape(batch, whole, _MLP_BLOCK, width).swapaxes(0, 1)
+    done = jax.lax.map(fn, blocks).swapaxes(0, 1).reshape(batch, cut, width)
+    return done if cut == length else jnp.concatenate([done, fn(x[:, cut:])], axis=1)
+
+
+class Decoder(nnx.Module):
+    """A decoder-only language model. A pytree: pass it to `jax.jit`, map over it, shard it."""
+
+    def __init__(self, config: ModelConfig, *, dtype: jax.typing.DTypeLike = jnp.float32, rngs: nnx.Rngs):
+        if config.activation not in ACTIVATIONS:
+            raise UserError(
+                f"model config: activation {config.activation!r} is not supported; supported: {', '.join(ACTIVATIONS)}"
+            )
+        self.config = config
+        embed = nnx.initializers.normal(0.02)
+        self.embedding = nnx.Param(embed(rngs.params(), (config.vocab, config.width), dtype))
+        self.layers = jax.vmap(lambda key: DecoderLayer(config, dtype=dtype, rngs=nnx.Rngs(key)))(
+            jax.random.split(rngs.params(), config.layers)
+        )
+        self.final_norm = RMSNorm(config.width, config.rms_eps, dtype=dtype)
+        self.lm_head = None if config.tie_embeddings else Linear(config.width, config.vocab, dtype=dtype, rngs=rngs)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype of weights and activations."""
+        return self.embedding[...].dtype
+
+    def layer(self, index: jax.typing.ArrayLike) -> DecoderLayer:
+        """Layer `index`, which may be traced."""
+        return jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, index, keepdims=False), self.layers)
+
+    def hidden_states(self, ids: jax.Array, lengths: jax.Array, layers: jax.typing.ArrayLike) -> jax.Array:
+        """The residual stream [B, S, D] that enters layer `layers`, for ids [B, S]. No cache is kept."""
+        table = rotary_table(self.config, jnp.arange(ids.shape[1])[None])
+
+        def body(index, x):
+            with jax.named_scope("layer"):
+                layer = self.layer(index)
+                normed = layer.attention_norm(x)
+                q, k, v = layer.queries(normed, table), layer.keys(normed, table), layer.values(normed)
+                return layer.close(x, attention.causal(q, k, v, lengths=lengths))
+
+        return jax.lax.fori_loop(0, layers, body, self.embedding[...][ids])
+
+    def keys_and_last_queries(
+        self, ids: jax.Array, lengths: jax.Array, layer: jax.typing.ArrayLike, window: int
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """What the filter needs of layer `layer`, and nothing past it.
+
+        Layers 0..layer-1 run whole; of layer `layer` only the input norm, the keys of all positions and the queries of
+        the last `window` real positions are computed.
+
+        Args:
+          ids: [B, S]. lengths: [B]. layer: 0-based index, may be traced. window: W.
+
+        Returns:
+          q [B, W, H, E] and k [B, S, G, E], both after rotary, and rows [B, W], the positions of q; a row before the
+          start of a prompt shorter than W has a negative position and a meaningless q.
+        """
+        x = self.hidden_states(ids, lengths, layer)
+        with jax.named_scope("filter_layer"):
+            last = self.layer(layer)
+            k = last.keys(last.attention_norm(x), rotary_table(self.config, jnp.arange(ids.shape[1])[None]))
+            rows = lengths[:, None] - window + jnp.arange(window)
+            x_rows = jnp.take_along_axis(x, jnp.maximum(rows, 0)[..., None], axis=1)
+            q = last.queries(last.attention_norm(x_rows), rotary_table(self.config, rows))
+        return q, k, rows
+
+    def prefill(
+        self, ids: jax.Array, lengths: jax.Array, positions: jax.Array, cache: KVCache
+    ) -> tuple[jax.Array, KVCache]:
+        """Run a prompt through all layers and fill an empty cache with it.
+
+        Args:
+          ids: [B, K]. lengths: [B]. positions: [B, K], the rotary position of each token.
+          cache: of capacity C >= K.
+
+        Returns:
+          float32 logits [B, V] of each row's last real position, and the filled cache.
+        """
+        table = rotary_table(self.config, positions)
+
+        def body(index, carry):
+            x, cache = carry
+            with jax.named_scope("layer"):
+                layer = self.layer(index)
+                normed = layer.attention_norm(x)
+                q, k, v = layer.queries(normed, table), layer.keys(normed, table), layer.values(normed)
+                x = layer.close(x, attention.causal(q, k, v, lengths=lengths))
+                return x, cache.write_prompt(index, k, v)
+
+        x, cache = jax.lax.fori_loop(0, self.config.layers, body, (self.embedding[...][ids], cache))
+        last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
+        return self.logits(last), cache.advanced_to(lengths)
+
+    def decode(self, ids: jax.Array, positions: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        """One more token per row: ids [B] at rotary positions [B] -> float32 logits [B, V] and the grown cache."""
+        table = rotary_table(self.config, positions[:, None])
+        lengths = cache.lengths + 1
+
+        def body(index, carry):
+            x, cache = carry
+            layer = self.layer(index)
+            normed = layer.attention_norm(x)
+            cache = cache.append(index, layer.keys(normed, table), layer.values(normed))
+            k, v = cache.layer(index)
+            return layer.close(x, attention.one_row(layer.queries(normed, table), k, v, lengths=lengths)), cache
+
+        x, cache = jax.lax.fori_loop(0, self.config.layers, body, (self.embedding[...][ids][:, None], cache))
+        return self.logits(x[:, 0]), cache.advanced_to(lengths)
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """Residual stream [..., D] after the last layer -> float32 logits [..., V]."""
+        with jax.named_scope("lm_head"):
+            kernel = self.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
+            return _matmul(self.final_norm(x), kernel, preferred_element_type=jnp.float32)

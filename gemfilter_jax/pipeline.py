@@ -1,0 +1,281 @@
+"""Text in, answer and kept passages out."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemfilter_jax import filtering, two_stage
+from gemfilter_jax.buckets import bucket
+from gemfilter_jax.checkpoints import Checkpoint, load_checkpoint
+from gemfilter_jax.errors import UserError
+from gemfilter_jax.filtering import Progress
+from gemfilter_jax.methods import Full, GemFilter, Method
+from gemfilter_jax.presets import Preset, preset_for
+from gemfilter_jax.prompts import MESSAGE_FORMAT, Prompt, encode
+from gemfilter_jax.sampling import GREEDY, Sampling
+from gemfilter_jax.timing import Stopwatch
+
+RULES = ("default", "paper")
+
+
+@dataclasses.dataclass(frozen=True)
+class KeptText:
+    """What was kept of a prompt.
+
+    Attributes:
+      prompt: the prompt's text as given.
+      prompt_tokens: its tokens, template and question included.
+      indices: increasing indices of the kept ones among them.
+      spans: (start, end) character offsets into `prompt` of the kept passages, in order.
+    """
+
+    prompt: str
+    prompt_tokens: int
+    indices: tuple[int, ...]
+    spans: tuple[tuple[int, int], ...]
+
+    @property
+    def kept_tokens(self) -> int:
+        """How many tokens were kept."""
+        return len(self.indices)
+
+    @property
+    def passages(self) -> tuple[str, ...]:
+        """The kept passages, in order."""
+        return tuple(self.prompt[start:end] for start, end in self.spans)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """An answer and how it came about.
+
+    Attributes:
+      text: the answer.
+      tokens: its token ids, an end token not included.
+      stop_reason: "stop" (the model ended its answer) or "length" (max_new_tokens was reached).
+      selection: what was kept of the prompt.
+      timings: seconds per stage ("tokenize", "filter", "prefill", "decode"), and "compile" for XLA. In a batch, of
+        the whole batch.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    stop_reason: str
+    selection: KeptText
+    timings: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """A loaded model that answers questions of long texts.
+
+    Attributes:
+      checkpoint: model, tokenizer and stop tokens.
+      preset: the model's filter settings.
+      chat_template: wrap prompts in the tokenizer's chat template, if it has one.
+      message_format: see `prompts.encode`.
+    """
+
+    checkpoint: Checkpoint
+    preset: Preset
+    chat_template: bool = True
+    message_format: str = MESSAGE_FORMAT
+
+    def method(self, rule: str = "default", *, keep: int | None = None, filter_layer: int | None = None) -> GemFilter:
+        """The policy of a rule ("default" or "paper") with the preset's values where none are given."""
+        if rule not in RULES:
+            raise UserError(f"rule {rule!r} is unknown; one of {', '.join(RULES)}")
+        method = self.preset.method(self.checkpoint.model.config, rule)
+        given = {"keep": keep, "filter_layer": filter_layer}
+        return dataclasses.replace(method, **{name: value for name, value in given.items() if value is not None})
+
+    def select(
+        self,
+        text: str,
+        question: str | None = None,
+        *,
+        method: GemFilter | None = None,
+        progress: Progress | None = None,
+    ) -> tuple[KeptText, dict[str, float]]:
+        """Stage 1 alone: what is kept of `text` for `question`, and seconds per stage.
+
+        Raises:
+          UserError: the text is empty, or the method does not fit the model or the prompt.
+        """
+        watch = Stopwatch()
+        prompts, kept = self._filter([text], [question], method or self.method(), watch, progress)
+        return _kept_text(prompts[0], kept[0]), watch.timings
+
+    def generate(
+        self,
+        text: str,
+        question: str | None = None,
+        *,
+        method: Method | None = None,
+        max_new_tokens: int = 128,
+        sampling: Sampling = GREEDY,
+        seed: int = 0,
+        on_text: Callable[[str], None] | None = None,
+        progress: Progress | None = None,
+    ) -> Result:
+        """Answer `question` about `text` (or continue a text that ends in its question).
+
+        Args:
+          method: what to keep; the preset's default rule if None.
+          on_text: called with each piece of the answer as soon as it is there.
+          progress: called with (tokens read, tokens to read) during stage 1.
+
+        Raises:
+          UserError: the text is empty, the method does not fit the model or the prompt, or what is kept and the
+            answer exceed the model's context.
+        """
+        watch = Stopwatch()
+        prompts, kept = self._filter([text], [question], method or self.method(), watch, progress)
+        return self._answer(prompts, kept, method, max_new_tokens, sampling, seed, watch, on_text)[0]
+
+    def generate_batch(
+        self,
+        texts: Sequence[str],
+        questions: Sequence[str | None] | None = None,
+        *,
+        method: Method | None = None,
+        max_new_tokens: int = 128,
+        sampling: Sampling = GREEDY,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> list[Result]:
+        """Answer one question of each text in one batch; row i draws with seed + i. Otherwise as `generate`."""
+        questions = [None] * len(texts) if questions is None else questions
+        if len(questions) != len(texts):
+            raise UserError(f"{len(texts)} texts but {len(questions)} questions were given; give one for each text")
+        if not texts:
+            return []
+        watch = Stopwatch()
+        prompts, kept = self._filter(texts, questions, method or self.method(), watch, progress)
+        return self._answer(prompts, kept, method, max_new_tokens, sampling, seed, watch)
+
+    def _filter(
+        self,
+        texts: Sequence[str],
+        questions: Sequence[str | None],
+        method: Method,
+        watch: Stopwatch,
+        progress: Progress | None,
+    ) -> tuple[list[Prompt], list[np.ndarray]]:
+        window = method.window if isinstance(method, GemFilter) else 0
+        with watch.stage("tokenize"):
+            prompts = [
+                encode(
+                    self.checkpoint.tokenizer,
+                    text,
+                    question,
+                    window=window,
+                    chat_template=self.chat_template,
+                    message_format=self.message_format,
+                )
+                for text, question in zip(texts, questions, strict=True)
+            ]
+        if isinstance(method, Full):
+            return prompts, [np.arange(len(prompt)) for prompt in prompts]
+        with watch.stage("filter"):
+            return prompts, filtering.keep_tokens(self.checkpoint.model, prompts, method, progress=progress)
+
+    def _answer(
+        self,
+        prompts: list[Prompt],
+        kept: list[np.ndarray],
+        method: Method | None,
+        max_new_tokens: int,
+        sampling: Sampling,
+        seed: int,
+        watch: Stopwatch,
+        on_text: Callable[[str], None] | None = None,
+    ) -> list[Result]:
+        model = self.checkpoint.model
+        longest = max(map(len, kept))
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {max_new_tokens}; at least 1 token must be generated")
+        if longest + max_new_tokens > model.config.context:
+            raise UserError(
+                f"{longest} kept tokens and {max_new_tokens} new ones exceed the model's context of "
+                f"{model.config.context}; keep fewer"
+            )
+        width = bucket(longest)
+        ids, lengths = filtering.pad([prompt.ids[rows] for prompt, rows in zip(prompts, kept, strict=True)], width)
+        positions = jnp.arange(width, dtype=jnp.int32)[None].repeat(len(prompts), axis=0)
+        if isinstance(method, GemFilter) and method.positions == "original":
+            positions, _ = filtering.pad(kept, width)
+        with watch.stage("prefill"):
+            state = two_stage.begin(
+                model,
+                ids,
+                lengths,
+                positions,
+                stop_tokens=jnp.asarray(self.checkpoint.stop_tokens or (-1,), jnp.int32),
+                sampling=jax.tree.map(jnp.float32, sampling),
+                seeds=jnp.arange(len(prompts), dtype=jnp.uint32) + jnp.uint32(seed),
+                limit=jnp.int32(max_new_tokens),
+                capacity=bucket(max_new_tokens),
+            )
+            jax.block_until_ready(state.tokens)
+        with watch.stage("decode"):
+            state = two_stage.finish(model, state) if on_text is None else self._stream(state, on_text)
+            tokens, counts, stopped = jax.device_get((state.tokens, state.lengths, state.stopped))
+        return [
+            self._result(prompt, rows, row_tokens[:count], bool(ended), watch.timings)
+            for prompt, rows, row_tokens, count, ended in zip(prompts, kept, tokens, counts, stopped, strict=True)
+        ]
+
+    def _stream(self, state: two_stage.DecodeState, on_text: Callable[[str], None]) -> two_stage.DecodeState:
+        """Step a batch of one from the host; pieces are held back while a character is incomplete."""
+        told = ""
+        while True:
+            tokens, count, stopped, running = jax.device_get(
+                (state.tokens[0], state.lengths[0], state.stopped[0], state.running[0])
+            )
+            text = self._decoded(tokens[:count], bool(stopped))
+            if not running or not text.endswith("\ufffd"):
+                on_text(text[len(told) :])
+                told = text
+            if not running:
+                return state
+            state = two_stage.step(self.checkpoint.model, state)
+
+    def _decoded(self, tokens: np.ndarray, stopped: bool) -> str:
+        return str(self.checkpoint.tokenizer.decode(tokens[:-1] if stopped else tokens, skip_special_tokens=True))
+
+    def _result(
+        self, prompt: Prompt, kept: np.ndarray, tokens: np.ndarray, stopped: bool, timings: dict[str, float]
+    ) -> Result:
+        return Result(
+            text=self._decoded(tokens, stopped),
+            tokens=tuple(map(int, tokens[:-1] if stopped else tokens)),
+            stop_reason="stop" if stopped else "length",
+            selection=_kept_text(prompt, kept),
+            timings=timings,
+        )
+
+
+def _kept_text(prompt: Prompt, kept: np.ndarray) -> KeptText:
+    return KeptText(prompt.text, len(prompt), tuple(map(int, kept)), tuple(prompt.spans(kept)))
+
+
+def load(
+    source: str = "smollm2", *, dtype: str = "auto", chat_template: bool = True, message_format: str = MESSAGE_FORMAT
+) -> Pipeline:
+    """Load a model for answering questions of long texts.
+
+    Args:
+      source: a model folder, a .gguf file, a Hugging Face hub id, or "smollm2", the default model.
+      dtype: "float32", "bfloat16", or "auto": bfloat16 on accelerators, float32 on CPU.
+      chat_template: wrap prompts in the tokenizer's chat template, if it has one.
+      message_format: see `prompts.encode`.
+
+    Raises:
+      UserError: the model cannot be loaded, with the reason.
+    """
+    checkpoint = load_checkpoint(source, dtype)
+    return Pipeline(checkpoint, preset_for(checkpoint.model.config), chat_template, message_format)

@@ -1,0 +1,1 @@
+"""Results for people: terminal views, HTML pages, files that appear whole."""

@@ -1,0 +1,43 @@
+"""Files that appear whole or not at all."""
+
+import os
+import pathlib
+import tempfile
+
+from gemfilter_jax.errors import UserError
+
+
+def check_writable(path: str, flag: str) -> None:
+    """Raise a `UserError` that names `flag` if a file cannot be written to `path`; leaves nothing behind."""
+    target = pathlib.Path(path)
+    if target.is_dir():
+        raise UserError(f"--{flag}={path}: is a folder; give a file name")
+    if not target.parent.is_dir():
+        raise UserError(f"--{flag}={path}: folder {target.parent} does not exist; create it first")
+    try:
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"--{flag}={path}: cannot be written ({error.strerror})") from error
+
+
+def write_whole(path: str, text: str) -> None:
+    """Write a UTF-8 file aside and rename it into place."""
+    target = pathlib.Path(path)
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=target.parent, prefix=f".{target.name}.", delete=False
+    ) as file:
+        aside = pathlib.Path(file.name)
+        try:
+            file.write(text)
+        except BaseException:
+            aside.unlink()
+            raise
+    aside.chmod(0o666 & ~_umask())
+    aside.replace(target)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,64 @@
+"""What a person sees on a terminal: kept passages, the closing lines of a run, tables, progress."""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from gemfilter_jax import filtering
+from gemfilter_jax.pipeline import KeptText
+
+_CONTEXT = 60  # characters shown, dimmed, on both sides of a kept passage
+
+
+def show_kept(console: Console, kept: KeptText) -> None:
+    """Print each kept passage highlighted, with its character offsets and a little of what stands around it."""
+    for start, end in kept.spans:
+        line = Text(f"[{start:,}-{end:,}] ", style="cyan")
+        line.append(_one_line(kept.prompt[max(start - _CONTEXT, 0) : start]), style="dim")
+        line.append(_one_line(kept.prompt[start:end]), style="bold black on yellow")
+        line.append(_one_line(kept.prompt[end : end + _CONTEXT]), style="dim")
+        console.print(line, soft_wrap=not console.is_terminal)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split("\n"))
+
+
+def closing_lines(kept: KeptText, layers: str, timings: Mapping[str, float]) -> str:
+    """Tokens read and kept, layers run, seconds per stage: two lines."""
+    share = kept.kept_tokens / kept.prompt_tokens
+    seconds = ", ".join(f"{stage} {value:.2f} s" for stage, value in timings.items())
+    return f"read {kept.prompt_tokens:,} tokens, kept {kept.kept_tokens:,} (ratio {share:.4f}), {layers}\n{seconds}"
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A table whose first column is text and whose others are numbers."""
+    made = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        made.add_column(column, justify="left" if index == 0 else "right")
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+@contextlib.contextmanager
+def reading_progress(console: Console) -> Iterator[filtering.Progress]:
+    """A bar of tokens read by stage 1; gone when the block ends."""
+    columns = (
+        TextColumn("reading"),
+        BarColumn(),
+        TextColumn("{task.completed:,.0f} of {task.total:,.0f} tokens"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("reading", total=None, visible=False)
+
+        def report(read: int, total: int) -> None:
+            bar.update(task, completed=read, total=total, visible=True)
+
+        yield report

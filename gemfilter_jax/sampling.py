@@ -1,0 +1,48 @@
+"""Choosing the next token from logits."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn. All fields are traced: changing them compiles nothing.
+
+    Attributes:
+      temperature: 0 is greedy.
+      top_k: draw among this many likeliest tokens; 0 means all.
+      top_p: draw among the fewest likeliest tokens that hold this share of the probability (Holtzman et al. 2020).
+    """
+
+    temperature: float | jax.Array = 0.0
+    top_k: int | jax.Array = 0
+    top_p: float | jax.Array = 1.0
+
+
+GREEDY = Sampling()
+
+
+def sample(logits: jax.Array, sampling: Sampling, keys: jax.Array) -> jax.Array:
+    """Draw one token per row: float32 logits [B, V] and random keys [B] -> int32 [B]."""
+    with jax.named_scope("sampling"):
+        greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return jax.lax.cond(
+            jnp.asarray(sampling.temperature) > 0, lambda: _draw(logits, sampling, keys), lambda: greedy
+        )
+
+
+def _draw(logits: jax.Array, sampling: Sampling, keys: jax.Array) -> jax.Array:
+    vocab = logits.shape[-1]
+    order = jnp.argsort(logits, axis=-1, descending=True)
+    ranked = jnp.take_along_axis(logits, order, axis=-1) / sampling.temperature
+    top_k = jnp.where(jnp.asarray(sampling.top_k) > 0, sampling.top_k, vocab)
+    ranked = jnp.where(jnp.arange(vocab) < top_k, ranked, -jnp.inf)
+    probability = jax.nn.softmax(ranked, axis=-1)
+    mass_before = jnp.cumsum(probability, axis=-1) - probability
+    # The first token always stays; `<` keeps the one that crosses top_p, as the rule has it.
+    allowed = (mass_before < sampling.top_p) | (jnp.arange(vocab) == 0)
+    choice = jax.vmap(jax.random.categorical)(keys, jnp.where(allowed, ranked, -jnp.inf))
+    return jnp.take_along_axis(order, choice[:, None], axis=-1)[:, 0].astype(jnp.int32)

@@ -1,0 +1,36 @@
+"""Seconds per stage, with compilation set apart."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+import jax
+
+COMPILE = "compile"
+_compile_seconds = 0.0
+
+
+def _count(event: str, duration_secs: float, **_: str | int) -> None:
+    global _compile_seconds
+    if event.startswith("/jax/core/compile/"):
+        _compile_seconds += duration_secs
+
+
+jax.monitoring.register_event_duration_secs_listener(_count)
+
+
+class Stopwatch:
+    """Collects `timings`: seconds by stage name, "compile" for what XLA took out of any of them."""
+
+    def __init__(self) -> None:
+        self.timings: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a block; the block itself must wait for its arrays."""
+        compiled, started = _compile_seconds, time.perf_counter()
+        yield
+        compiling = _compile_seconds - compiled
+        elapsed = time.perf_counter() - started
+        self.timings[name] = self.timings.get(name, 0.0) + max(elapsed - compiling, 0.0)
+        self.timings[COMPILE] = self.timings.get(COMPILE, 0.0) + compiling

@@ -1,0 +1,151 @@
+"""The jitted programs: filter a prompt, then generate from what was kept.
+
+Axes: B batch, S prompt bucket, K kept bucket, T bucket of new tokens, V vocabulary. Sizes are buckets and static;
+lengths, the filter layer, keep, head weights, temperature, seeds and limits are traced.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from gemfilter_jax import sampling as sampling_lib
+from gemfilter_jax.kv_cache import KVCache
+from gemfilter_jax.models.decoder import Decoder
+from gemfilter_jax.sampling import Sampling
+from gemfilter_jax.scoring import Normalisation, score_keys
+
+
+@functools.partial(jax.jit, static_argnames=("window", "normalisation"))
+def score_prompt(
+    model: Decoder,
+    ids: jax.Array,
+    lengths: jax.Array,
+    filter_layer: jax.typing.ArrayLike,
+    head_weights: jax.Array,
+    *,
+    window: int,
+    normalisation: Normalisation,
+) -> jax.Array:
+    """Stage 1: a score for every prompt token.
+
+    Args:
+      ids: int32 [B, S]. lengths: int32 [B]. filter_layer: r. head_weights: float32 [H].
+      window: W. normalisation: see `scoring.score_keys`.
+
+    Returns:
+      float32 [B, S].
+    """
+    with jax.named_scope("filter"):
+        q, k, rows = model.keys_and_last_queries(ids, lengths, filter_layer, window)
+        return score_keys(q, rows, k, head_weights=head_weights, normalisation=normalisation)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """Everything that changes while tokens are generated.
+
+    Attributes:
+      tokens: int32 [B, T], the new tokens; a row's first `lengths` are real, an end token included.
+      lengths: int32 [B], new tokens of each row.
+      stopped: bool [B], rows that met an end token.
+      last: int32 [B], the token to feed next. positions: int32 [B], its rotary position.
+      cache: keys and values of the prompt and of all tokens fed so far.
+      keys: random keys [B], one a row, folded with the row's own count of tokens.
+      limit: int32, new tokens at most, T or fewer.
+      stop_tokens: int32 [N], any of which ends a row.
+      sampling: how tokens are drawn.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    stopped: jax.Array
+    last: jax.Array
+    positions: jax.Array
+    cache: KVCache
+    keys: jax.Array
+    limit: jax.Array
+    stop_tokens: jax.Array
+    sampling: Sampling
+
+    @property
+    def running(self) -> jax.Array:
+        """bool [B], rows that want another token."""
+        return ~self.stopped & (self.lengths < self.limit)
+
+
+@functools.partial(jax.jit, static_argnames=("capacity",))
+def begin(
+    model: Decoder,
+    ids: jax.Array,
+    lengths: jax.Array,
+    positions: jax.Array,
+    *,
+    stop_tokens: jax.Array,
+    sampling: Sampling,
+    seeds: jax.Array,
+    limit: jax.typing.ArrayLike,
+    capacity: int,
+) -> DecodeState:
+    """Stage 2, first half: run the kept prompt through all layers and draw each row's first token.
+
+    Args:
+      ids: int32 [B, K]. lengths: int32 [B]. positions: int32 [B, K], rotary positions.
+      stop_tokens: int32 [N]. seeds: uint32 [B]. limit: new tokens at most, 1 or more. capacity: T, room for new tokens.
+    """
+    with jax.named_scope("prefill"):
+        batch, kept = ids.shape
+        cache = KVCache.empty(model.config, batch, kept + capacity, model.dtype)
+        logits, cache = model.prefill(ids, lengths, positions, cache)
+        state = DecodeState(
+            tokens=jnp.zeros((batch, capacity), jnp.int32),
+            lengths=jnp.zeros((batch,), jnp.int32),
+            stopped=jnp.zeros((batch,), bool),
+            last=jnp.zeros((batch,), jnp.int32),
+            positions=jnp.take_along_axis(positions, (lengths - 1)[:, None], axis=1)[:, 0],
+            cache=cache,
+            keys=jax.vmap(jax.random.key)(seeds),
+            limit=jnp.asarray(limit, jnp.int32),
+            stop_tokens=stop_tokens,
+            sampling=sampling,
+        )
+        return _take(state, logits)
+
+
+def _take(state: DecodeState, logits: jax.Array) -> DecodeState:
+    """Draw a token for each running row and book it."""
+    keys = jax.vmap(jax.random.fold_in)(state.keys, state.lengths)
+    drawn = sampling_lib.sample(logits, state.sampling, keys)
+    running = state.running
+    rows = jnp.arange(len(drawn))
+    column = jnp.where(running, state.lengths, state.tokens.shape[1])
+    return dataclasses.replace(
+        state,
+        tokens=state.tokens.at[rows, column].set(drawn, mode="drop"),
+        lengths=state.lengths + running,
+        stopped=state.stopped | (running & jnp.isin(drawn, state.stop_tokens)),
+        last=jnp.where(running, drawn, state.last),
+        positions=state.positions + running,
+    )
+
+
+def _step(model: Decoder, state: DecodeState) -> DecodeState:
+    with jax.named_scope("decode"):
+        running = state.running
+        logits, cache = model.decode(state.last, state.positions, state.cache)
+        cache = cache.advanced_to(jnp.where(running, cache.lengths, state.cache.lengths))
+        return _take(dataclasses.replace(state, cache=cache), logits)
+
+
+@functools.partial(jax.jit, donate_argnames=("state",))
+def step(model: Decoder, state: DecodeState) -> DecodeState:
+    """One more token for each running row; what streaming drives from the host. The given state is consumed."""
+    return _step(model, state)
+
+
+@functools.partial(jax.jit, donate_argnames=("state",))
+def finish(model: Decoder, state: DecodeState) -> DecodeState:
+    """Step until no row runs. The given state is consumed."""
+    return jax.lax.while_loop(lambda state: state.running.any(), functools.partial(_step, model), state)

@@ -1,0 +1,108 @@
+"""A user's mistake ends in one line on standard error that names it, with status 2 and no traceback."""
+
+import subprocess
+import sys
+
+import pytest
+
+from gemfilter_jax.checkpoints import embedded
+
+TEXT = "The harbour was quiet. " * 40
+
+
+def gemfilter(*arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "gemfilter_jax.cli.main", *arguments], input=stdin, capture_output=True, timeout=120
+    )
+
+
+def assert_mistake(result: subprocess.CompletedProcess, *said: str) -> None:
+    message = result.stderr.decode()
+    assert result.returncode == 2, message
+    assert result.stdout == b""
+    assert len(message.strip().splitlines()) == 1, message
+    assert "Traceback" not in message
+    for words in said:
+        assert words in message
+
+
+@pytest.fixture
+def book(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.mark.parametrize("command", ["generate", "select"])
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--rule=papper", ("--rule=papper", "default|paper")),
+        ("--format=xml", ("--format=xml", "text|json")),
+        ("--rul=paper", ("rul", "rule")),
+        ("--keep=0", ("--keep=0",)),
+        ("--keep=many", ("--keep=many",)),
+        ("--filter_layer=-1", ("--filter_layer=-1",)),
+        ("stray", ("stray",)),
+    ],
+)
+def test_unknown_flag_or_value(command, flag, said):
+    assert_mistake(gemfilter(command, flag, stdin=TEXT.encode()), *said)
+
+
+def test_unknown_command():
+    assert_mistake(gemfilter("generat"), "'generat'", "'generate'")
+
+
+def test_missing_prompt_file(tmp_path):
+    assert_mistake(gemfilter("select", f"--prompt_file={tmp_path}/no.txt"), "no.txt", "No such file")
+
+
+@pytest.mark.parametrize("data", [b"", b" \n\t "])
+def test_empty_prompt(data):
+    assert_mistake(gemfilter("generate", stdin=data), "standard input", "empty")
+
+
+def test_prompt_that_is_not_utf8():
+    assert_mistake(gemfilter("generate", stdin=b"good \xff bad"), "not UTF-8", "0xff", "offset 5")
+
+
+def test_unwritable_report(book, tmp_path):
+    missing = gemfilter("generate", f"--prompt_file={book}", f"--report={tmp_path}/no/page.html")
+    assert_mistake(missing, "--report=", "does not exist")
+    folder = gemfilter("generate", f"--prompt_file={book}", f"--report={tmp_path}")
+    assert_mistake(folder, "--report=", "is a folder")
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("smolm2", ("'smolm2'", "did you mean 'smollm2'")),
+        ("missing.gguf", ("missing.gguf", "not a folder, a file")),
+        ("nobody/no-such-model", ("nobody/no-such-model", "hub")),
+    ],
+)
+def test_unknown_model(book, model, said, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert_mistake(gemfilter("select", f"--prompt_file={book}", f"--model={model}"), *said)
+
+
+def test_file_that_is_no_model(book):
+    assert_mistake(gemfilter("select", f"--prompt_file={book}", f"--model={book}"), str(book), "not a GGUF file")
+
+
+def test_truncated_model(book, tmp_path):
+    model = tmp_path / "cut.gguf"
+    with embedded.locate().open("rb") as whole:
+        model.write_bytes(whole.read(3_000_000))
+    assert_mistake(gemfilter("select", f"--prompt_file={book}", f"--model={model}"), "cut.gguf", "truncated")
+
+
+def test_keep_smaller_than_the_question(book):
+    result = gemfilter("select", f"--prompt_file={book}", "--question=Was the harbour quiet?", "--keep=8")
+    assert_mistake(result, "keep is 8", "question")
+
+
+def test_filter_layer_out_of_range(book):
+    result = gemfilter("select", f"--prompt_file={book}", "--question=Was the harbour quiet?", "--filter_layer=30")
+    assert_mistake(result, "filter layer 30", "0 to 29")

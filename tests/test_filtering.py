@@ -1,0 +1,155 @@
+"""Stage 1 on the host: what is kept of whole prompts, of prompts beyond the context, and what is refused."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+import tiny
+
+from gemfilter_jax import filtering
+from gemfilter_jax.errors import UserError
+from gemfilter_jax.methods import GemFilter
+
+_HEAD, _TAIL, _CHUNK = 6, 10, 8
+_DEFAULT = GemFilter(filter_layer=2, keep=64, window=16, pooling="none", kernel=1, chunk=_CHUNK)
+_PAPER = GemFilter.paper(filter_layer=2, keep=64)
+
+
+def _prompt(length: int, head: int = _HEAD, tail: int = _TAIL, seed: int = 0):
+    return tiny.prompt_of(tiny.random_ids(length, seed), head, tail)
+
+
+def _check_kept(kept: np.ndarray, prompt, method: GemFilter) -> None:
+    assert len(kept) == min(method.keep, len(prompt))
+    assert (np.diff(kept) > 0).all()
+    assert 0 <= kept[0] <= kept[-1] < len(prompt)
+    if method.keep_required:
+        assert np.isin(np.flatnonzero(prompt.required), kept).all()
+
+
+@pytest.mark.parametrize("method", [_DEFAULT, _PAPER], ids=["default", "paper"])
+def test_whole_prompts(method):
+    prompts = [_prompt(256), _prompt(64), _prompt(20), _prompt(70, head=0, tail=64)]
+    kept = filtering.keep_tokens(tiny.decoder(), prompts, method)
+    for rows, prompt in zip(kept, prompts, strict=True):
+        _check_kept(rows, prompt, method)
+        if len(prompt) <= method.keep:
+            np.testing.assert_array_equal(rows, np.arange(len(prompt)))
+
+
+def test_a_batch_keeps_what_its_prompts_keep_alone():
+    prompts = [_prompt(256), _prompt(193), _prompt(700), _prompt(230)]
+    together = filtering.keep_tokens(tiny.decoder(), prompts, _DEFAULT)
+    for rows, prompt in zip(together, prompts, strict=True):
+        np.testing.assert_array_equal(rows, filtering.keep_tokens(tiny.decoder(), [prompt], _DEFAULT)[0])
+
+
+def test_the_filter_is_not_run_where_everything_is_kept(monkeypatch):
+    monkeypatch.setattr(filtering, "_scores", None)
+    (rows,) = filtering.keep_tokens(tiny.decoder(), [_prompt(64)], _DEFAULT)
+    np.testing.assert_array_equal(rows, np.arange(64))
+
+
+@pytest.mark.parametrize("keep", [16, 17, 64, 100, 170, 200, 256])
+@pytest.mark.parametrize("length", [257, 1999])
+def test_prompts_beyond_the_context(length, keep):
+    """Budgets from the template and question alone up to the whole context, in whole chunks or not."""
+    method, prompt = dataclasses.replace(_DEFAULT, keep=keep), _prompt(length)
+    _check_kept(filtering.keep_tokens(tiny.decoder(), [prompt], method)[0], prompt, method)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(_PAPER, id="paper"),
+        pytest.param(dataclasses.replace(_DEFAULT, normalisation="sink"), id="sink"),
+        pytest.param(dataclasses.replace(_DEFAULT, keep_required=False, keep=8), id="less than is required"),
+        pytest.param(dataclasses.replace(_DEFAULT, chunk=32, pooling="max", kernel=9), id="pooled chunks"),
+    ],
+)
+def test_every_rule_reads_prompts_beyond_the_context(method):
+    prompt = _prompt(1000)
+    _check_kept(filtering.keep_tokens(tiny.decoder(), [prompt], method)[0], prompt, method)
+
+
+@pytest.fixture
+def score_of_token(monkeypatch) -> dict[int, float]:
+    """Scores by token id in place of the model's, 0 for ids that are not in it: what is best is then known."""
+    scores: dict[int, float] = {}
+
+    def look_up(model, ids, method, normalisation, *, width):
+        found = np.zeros((len(ids), width), np.float32)
+        for row, tokens in enumerate(ids):
+            found[row, : len(tokens)] = [scores.get(int(token), 0.0) for token in tokens]
+        return found
+
+    monkeypatch.setattr(filtering, "_scores", look_up)
+    return scores
+
+
+def _ranked_chunks(score_of_token: dict[int, float], document: int, ranks: np.ndarray):
+    """A prompt whose token ids are their places, each scored by the rank of its chunk."""
+    places = np.arange(_HEAD + document + _TAIL, dtype=np.int32)
+    score_of_token.update({int(place): float(ranks[(place - _HEAD) // _CHUNK]) for place in places[_HEAD:-_TAIL]})
+    return tiny.prompt_of(places, _HEAD, _TAIL)
+
+
+@pytest.mark.parametrize("best", [3, 20], ids=["less than a segment", "more than a segment"])
+def test_the_best_chunks_of_all_segments_are_kept(score_of_token, best):
+    ranks = np.random.default_rng(0).permutation(248)
+    prompt = _ranked_chunks(score_of_token, 248 * _CHUNK, ranks)
+    method = dataclasses.replace(_DEFAULT, keep=_HEAD + best * _CHUNK + _TAIL)
+    (kept,) = filtering.keep_tokens(tiny.decoder(), [prompt], method)
+    document = (_HEAD + np.flatnonzero(ranks >= 248 - best)[:, None] * _CHUNK + np.arange(_CHUNK)).ravel()
+    ends = np.flatnonzero(prompt.required)
+    np.testing.assert_array_equal(kept, np.sort(np.concatenate([ends, document])))
+
+
+def test_chunks_stay_whole_through_the_rounds(score_of_token):
+    """The document ends in part of a chunk, the best of all: it must not shift where the next round cuts."""
+    ranks = np.append(np.random.default_rng(0).permutation(248), 999)
+    prompt = _ranked_chunks(score_of_token, 248 * _CHUNK + 3, ranks)
+    (kept,) = filtering.keep_tokens(tiny.decoder(), [prompt], dataclasses.replace(_DEFAULT, keep=_HEAD + 35 + _TAIL))
+    document = kept[~prompt.required[kept]] - _HEAD
+    want = [248, *np.argsort(-ranks[:248])[:4]]
+    np.testing.assert_array_equal(np.unique(document // _CHUNK), np.sort(want))
+
+
+def test_one_great_token_is_found_in_any_segment(score_of_token):
+    prompt = tiny.prompt_of(np.arange(1500, dtype=np.int32), _HEAD, _TAIL)
+    for place in range(_HEAD, len(prompt) - _TAIL, 97):
+        score_of_token.clear()
+        score_of_token[place] = 9.0
+        (kept,) = filtering.keep_tokens(tiny.decoder(), [prompt], dataclasses.replace(_DEFAULT, keep=24))
+        assert place in kept
+
+
+@pytest.mark.parametrize("length", [200, 1999])
+def test_progress_grows_to_the_total_of_each_round(length):
+    told: list[tuple[int, int]] = []
+    filtering.keep_tokens(tiny.decoder(), [_prompt(length)], _DEFAULT, progress=lambda *counts: told.append(counts))
+    rounds = [list(reads) for _, reads in itertools.groupby(told, key=lambda counts: counts[1])]
+    for reads in rounds:
+        assert reads[-1][0] == reads[-1][1]
+        assert all(before < after for before, after in itertools.pairwise(reads))
+    assert len(told) > len(rounds) if length > tiny.CONTEXT else told == [(length, length)]
+
+
+@pytest.mark.parametrize(
+    ("change", "length", "head", "words"),
+    [
+        pytest.param({"filter_layer": 4}, 90, _HEAD, "filter layer 4 .* 0 to 3", id="layer too high"),
+        pytest.param({"filter_layer": -1}, 90, _HEAD, "filter layer -1 .* 0 to 3", id="layer negative"),
+        pytest.param({"keep": 0}, 90, _HEAD, "keep is 0.* at least 1", id="keep nothing"),
+        pytest.param({"head_weights": (1.0,)}, 90, _HEAD, "1 head weights .* 4 query heads", id="head weights"),
+        pytest.param({"keep": 15}, 90, _HEAD, "keep is 15, .* question alone are 16 tokens", id="keep too little"),
+        pytest.param({"keep": 200}, 300, 112, "take 122 tokens.* no room .* of 128 tokens", id="long question"),
+        pytest.param({"positions": "original"}, 300, _HEAD, "original positions .* 256.* 300", id="positions"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, length, head, words):
+    method = dataclasses.replace(_DEFAULT, **change)
+    with pytest.raises(UserError, match=words) as error:
+        filtering.keep_tokens(tiny.decoder(), [_prompt(90), _prompt(length, head)], method)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,146 @@
+"""The decoder computes what Hugging Face's PyTorch Llama computes: for stored results, and live where PyTorch is."""
+
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gemfilter_jax import two_stage
+from gemfilter_jax.checkpoints.huggingface import HuggingFaceFolder
+from gemfilter_jax.kv_cache import KVCache
+from gemfilter_jax.models.decoder import Decoder
+from gemfilter_jax.sampling import GREEDY
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+VARIANTS = ("mha_untied", "gqa_tied", "gqa_llama3", "mqa_bias_linear")
+SHORT = slice(60, 133)  # of the prompt: a second one
+TOLERANCE = 1e-4
+
+hidden_states = jax.jit(Decoder.hidden_states)
+keys_and_last_queries = jax.jit(Decoder.keys_and_last_queries, static_argnames="window")
+prefill = jax.jit(Decoder.prefill)
+
+
+@functools.cache
+def load(variant: str) -> tuple[Decoder, dict[str, np.ndarray]]:
+    """A golden folder's model and what make_llama.py stored with it."""
+    folder = GOLDEN / f"llama_{variant}"
+    with np.load(folder / "expected.npz") as stored:
+        return HuggingFaceFolder(folder).decoder(jnp.float32), dict(stored)
+
+
+def batch(*prompts: np.ndarray, width: int | None = None) -> tuple[jax.Array, jax.Array]:
+    """Right-padded ids [B, S] and lengths [B]; padding is a real token, so that whoever reads it is found out."""
+    width = width or max(map(len, prompts))
+    ids = np.stack([np.pad(prompt, (0, width - len(prompt)), constant_values=1) for prompt in prompts])
+    return jnp.asarray(ids, jnp.int32), jnp.array([len(prompt) for prompt in prompts], jnp.int32)
+
+
+def greedy(model: Decoder, ids: jax.Array, lengths: jax.Array, count: int) -> np.ndarray:
+    """`count` greedy tokens for each row, which nothing ends."""
+    positions = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
+    state = two_stage.begin(
+        model,
+        ids,
+        lengths,
+        positions,
+        stop_tokens=jnp.array([-1], jnp.int32),
+        sampling=jax.tree.map(jnp.float32, GREEDY),
+        seeds=jnp.zeros(len(ids), jnp.uint32),
+        limit=count,
+        capacity=count,
+    )
+    return np.asarray(two_stage.finish(model, state).tokens)
+
+
+def assert_close(actual, expected, tolerance: float = TOLERANCE) -> None:
+    """No element is further off than `tolerance`."""
+    np.testing.assert_allclose(np.asarray(actual), expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_residual_stream_of_every_layer(variant):
+    model, expected = load(variant)
+    for layers, stream in enumerate(expected["hidden"]):
+        x = hidden_states(model, *batch(expected["ids"]), layers)
+        assert_close(x[0, expected["rows"]], stream)
+    assert layers == model.config.layers
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_keys_and_last_queries_of_every_layer(variant):
+    model, expected = load(variant)
+    window = expected["queries"].shape[1]
+    for layer in range(model.config.layers):
+        q, k, rows = keys_and_last_queries(model, *batch(expected["ids"]), layer, window=window)
+        assert_close(k[0, expected["rows"]].swapaxes(0, 1), expected["keys"][layer])
+        assert_close(q[0], expected["queries"][layer])
+        assert rows[0].tolist() == list(range(len(expected["ids"])))[-window:]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits(variant):
+    model, expected = load(variant)
+    ids, lengths = batch(expected["ids"])
+    x = hidden_states(model, ids, lengths, model.config.layers)
+    assert_close(model.logits(x[0, expected["rows"]]), expected["logits"])
+    cache = KVCache.empty(model.config, 1, ids.shape[1], model.dtype)
+    last, cache = prefill(model, ids, lengths, jnp.arange(ids.shape[1])[None], cache)
+    assert expected["rows"][-1] == len(expected["ids"]) - 1
+    assert_close(last[0], expected["logits"][-1])
+    assert_close(cache.k[:, 0, expected["rows"]].swapaxes(1, 2), expected["keys"])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_greedy_tokens(variant):
+    """Next to a shorter prompt, both padded: neither padding nor company may change a token."""
+    model, expected = load(variant)
+    tokens = greedy(model, *batch(expected["ids"], expected["ids"][SHORT], width=256), len(expected["greedy"]))
+    assert tokens[0].tolist() == expected["greedy"].tolist()
+    assert tokens[1].tolist() == expected["short_greedy"].tolist()
+
+
+def test_padding_and_company_change_nothing():
+    """700 columns are two attention blocks, so prompts this short also skip a block that is padding for all."""
+    model, expected = load("gqa_llama3")
+    prompts = [expected["ids"], expected["ids"][SHORT]]
+    padded = batch(*prompts, width=700)
+    layers = model.config.layers
+    x = hidden_states(model, *padded, layers)
+    q, k, rows = keys_and_last_queries(model, *padded, layers - 1, window=8)
+    for row, prompt in enumerate(prompts):
+        alone = batch(prompt)
+        assert_close(x[row, : len(prompt)], hidden_states(model, *alone, layers)[0], 1e-5)
+        q_alone, k_alone, rows_alone = keys_and_last_queries(model, *alone, layers - 1, window=8)
+        assert_close(k[row, : len(prompt)], k_alone[0], 1e-5)
+        assert_close(q[row], q_alone[0], 1e-5)
+        assert rows[row].tolist() == rows_alone[0].tolist()
+
+
+def test_live_against_pytorch(tmp_path):
+    """Other head counts than the golden folders, and whatever release of PyTorch and transformers is installed."""
+    torch = pytest.importorskip("torch")
+    from golden import make_llama
+
+    torch.set_num_threads(1)  # its threads and XLA's would wait for each other
+    theirs, prompt = make_llama.clear_cut(
+        vocab_size=96,
+        hidden_size=40,
+        intermediate_size=72,
+        num_hidden_layers=3,
+        num_attention_heads=10,
+        num_key_value_heads=5,
+        head_dim=6,
+        max_position_embeddings=512,
+    )
+    theirs.save_pretrained(tmp_path)
+    ours = HuggingFaceFolder(tmp_path).decoder(jnp.float32)
+    expected = make_llama.forward(theirs, prompt["ids"])
+    ids, lengths = batch(prompt["ids"])
+    x = hidden_states(ours, ids, lengths, ours.config.layers)
+    assert_close(x[0], expected["hidden"][-1])
+    assert_close(ours.logits(x[0]), expected["logits"])
+    assert greedy(ours, ids, lengths, len(prompt["greedy"]))[0].tolist() == prompt["greedy"].tolist()

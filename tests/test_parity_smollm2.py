@@ -1,0 +1,37 @@
+"""The default model, weights and tokenizer, against what PyTorch and transformers make of the same file."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, np.ndarray]:
+    """What make_smollm2.py stored."""
+    with np.load(pathlib.Path(__file__).parent / "golden" / "smollm2_top1.npz") as stored:
+        return dict(stored)
+
+
+@jax.jit
+def top1_and_last_logits(model, ids):
+    """The likeliest next token at every position, and all logits of the last, without handing out [S, V] logits."""
+    x = model.hidden_states(ids[None], jnp.array([len(ids)]), model.config.layers)[0]
+    logits = model.logits(x)
+    return jnp.argmax(logits, axis=-1), logits[-1]
+
+
+def test_top1_and_logits(smollm2, expected):
+    top1, last = top1_and_last_logits(smollm2.checkpoint.model, expected["ids"])
+    agreement = np.mean(np.asarray(top1) == expected["top1"])
+    assert agreement >= 0.99
+    np.testing.assert_allclose(last[expected["last_indices"]], expected["last_logits"], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(("text", "ids"), [("text", "ids"), ("nasty_text", "nasty_ids")])
+def test_tokenizer(smollm2, expected, text, ids):
+    tokenizer = smollm2.checkpoint.tokenizer
+    assert tokenizer(str(expected[text]), add_special_tokens=False)["input_ids"] == expected[ids].tolist()
+    assert tokenizer.decode(expected[ids]) == str(expected[text])
