@@ -26,22 +26,43 @@ def keep_tokens(
     """The indices of the tokens that `method` keeps of each prompt, increasing.
 
     A prompt beyond the model's context is first cut into segments of half the context, each with the template's head
-    and the question around it; the best tokens of all segments go through the filter again, until one pass holds them.
+    and the question around it; the best tokens of all segments, as many as one segment holds (or `keep`, if that is
+    more), then go through the filter together.
 
     Raises:
       UserError: the method does not fit the model or a prompt.
     """
     for prompt in prompts:
         check(model, prompt, method)
-    report = progress or (lambda read, total: None)
     context = model.config.context
-    candidates = [np.arange(len(prompt)) for prompt in prompts]
-    for row, prompt in enumerate(prompts):
-        while len(candidates[row]) > context:
-            candidates[row] = _best_of_segments(model, prompt, candidates[row], method, report)
-    if any(len(rows) > method.keep for rows in candidates):
-        candidates = _best_of_whole(model, prompts, candidates, method, report)
-    return candidates
+    left = [_left_by_segments(context, prompt, method) for prompt in prompts]
+    waiting = [row for row, tokens in enumerate(left) if tokens > method.keep]
+    count = _Counter(
+        progress,
+        sum(left[row] for row in waiting) + sum(len(prompt) for prompt in prompts if len(prompt) > context),
+    )
+    kept = [
+        _best_of_segments(model, prompt, method, count) if len(prompt) > context else np.arange(len(prompt))
+        for prompt in prompts
+    ]
+    if waiting:
+        passed = _best_of_whole(model, [prompts[row] for row in waiting], [kept[row] for row in waiting], method)
+        for row, rows in zip(waiting, passed, strict=True):
+            kept[row] = rows
+        count.add(sum(left[row] for row in waiting))
+    return kept
+
+
+class _Counter:
+    """Adds up the tokens that were read and passes them on."""
+
+    def __init__(self, progress: Progress | None, total: int):
+        self._progress, self._read, self._total = progress, 0, total
+
+    def add(self, tokens: int) -> None:
+        self._read += tokens
+        if self._progress:
+            self._progress(self._read, self._total)
 
 
 def check(model: Decoder, prompt: Prompt, method: GemFilter) -> None:
@@ -78,12 +99,19 @@ def _document_room(context: int, prompt: Prompt, method: GemFilter) -> int:
     return room // method.chunk * method.chunk
 
 
-def _best_of_segments(
-    model: Decoder, prompt: Prompt, rows: np.ndarray, method: GemFilter, report: Progress
-) -> np.ndarray:
-    """One round: score every segment, keep as much as one segment holds (or `keep`, if that is more)."""
+def _left_by_segments(context: int, prompt: Prompt, method: GemFilter) -> int:
+    """Tokens of a prompt before its last pass: all of one within the context, else what its segments leave of it."""
+    if len(prompt) <= context:
+        return len(prompt)
+    around = prompt.head + prompt.tail
+    return min(len(prompt), around + max(_document_room(context, prompt, method), method.keep - around))
+
+
+def _best_of_segments(model: Decoder, prompt: Prompt, method: GemFilter, count: _Counter) -> np.ndarray:
+    """The first round of a prompt beyond the context: score every segment, keep what one pass holds."""
     context = model.config.context
     room = _document_room(context, prompt, method)
+    rows = np.arange(len(prompt))
     head, tail = rows[: prompt.head], rows[len(rows) - prompt.tail :]
     document = rows[prompt.head : len(rows) - prompt.tail]
     normalisation: Normalisation = "sink" if method.normalisation == "softmax" else method.normalisation
@@ -92,26 +120,21 @@ def _best_of_segments(
         segment = np.concatenate([head, document[start : start + room], tail])
         scored = _scores(model, [prompt.ids[segment]], method, normalisation, width=bucket(context // 2))
         scores.append(scored[0, prompt.head : len(segment) - prompt.tail])
-        report(min(start + room, len(document)), len(document))
-    width = bucket(len(rows))
-    padded = np.zeros((1, width), np.float32)
+        count.add(len(scores[-1]))
+    count.add(len(head) + len(tail))
+    padded = np.zeros((1, bucket(len(rows))), np.float32)
     padded[0, prompt.head : len(rows) - prompt.tail] = np.concatenate(scores)
-    kept_document = max(room, (method.keep - prompt.head - prompt.tail) // method.chunk * method.chunk)
-    kept_document = min(kept_document, (context - prompt.head - prompt.tail) // method.chunk * method.chunk)
-    keep = kept_document + prompt.head + prompt.tail
-    return rows[_kept(padded, [prompt], [len(rows)], method, keep=keep, required=True)[0]]
+    keep = _left_by_segments(context, prompt, method)
+    return _kept(padded, [prompt], [rows], method, keep=keep, required=True)[0]
 
 
 def _best_of_whole(
-    model: Decoder, prompts: Sequence[Prompt], candidates: list[np.ndarray], method: GemFilter, report: Progress
+    model: Decoder, prompts: Sequence[Prompt], candidates: list[np.ndarray], method: GemFilter
 ) -> list[np.ndarray]:
     """The last round: every prompt, or what is left of it, in one pass."""
     ids = [prompt.ids[rows] for prompt, rows in zip(prompts, candidates, strict=True)]
     scores = _scores(model, ids, method, method.normalisation, width=bucket(max(map(len, ids))))
-    total = sum(map(len, ids))
-    report(total, total)
-    kept = _kept(scores, prompts, [len(row) for row in ids], method, keep=method.keep, required=method.keep_required)
-    return [rows[indices] for rows, indices in zip(candidates, kept, strict=True)]
+    return _kept(scores, prompts, candidates, method, keep=method.keep, required=method.keep_required)
 
 
 def _scores(
@@ -135,30 +158,31 @@ def _scores(
 def _kept(
     scores: np.ndarray,
     prompts: Sequence[Prompt],
-    lengths: list[int],
+    candidates: list[np.ndarray],
     method: GemFilter,
     *,
     keep: int,
     required: bool,
 ) -> list[np.ndarray]:
-    """Indices into each row of scores [B, S]. What is left of a prompt still begins and ends with its head and tail."""
-    columns = np.arange(scores.shape[1])
-    heads = np.array([prompt.head for prompt in prompts], np.int32)
-    tails = np.array([prompt.tail for prompt in prompts], np.int32)
-    ends = np.array(lengths, np.int32)
-    outside = (columns < heads[:, None]) | (columns >= (ends - tails)[:, None])
+    """The kept ones of each prompt's candidates, whose scores are [B, S]."""
+    always = np.zeros(scores.shape, bool)
+    slots = np.zeros(scores.shape, np.int32)
+    for row, (prompt, rows) in enumerate(zip(prompts, candidates, strict=True)):
+        always[row, : len(rows)] = prompt.required[rows] & required
+        slots[row, : len(rows)] = selection.chunk_slots(rows, prompt.head, method.chunk)
     kept = _select(
         scores,
-        ends,
+        np.array([len(rows) for rows in candidates], np.int32),
         keep=jnp.int32(keep),
         capacity=min(bucket(keep), scores.shape[1]),
-        required=jnp.asarray(outside & required),
+        required=always,
         pooling=method.pooling,
         kernel=method.kernel,
         chunk=method.chunk,
-        chunk_start=heads,
+        slots=slots,
     )
-    return [row[:count] for row, count in zip(np.asarray(kept.indices), np.asarray(kept.lengths), strict=True)]
+    indices, counts = np.asarray(kept.indices), np.asarray(kept.lengths)
+    return [rows[indices[row, : counts[row]]] for row, rows in enumerate(candidates)]
 
 
 def pad(rows: Sequence[np.ndarray], width: int) -> tuple[jax.Array, jax.Array]:

@@ -132,8 +132,8 @@ class Pipeline:
           UserError: the text is empty, the method does not fit the model or the prompt, or what is kept and the
             answer exceed the model's context.
         """
-        watch = Stopwatch()
-        prompts, kept = self._filter([text], [question], method or self.method(), watch, progress)
+        watch, method = Stopwatch(), method or self.method()
+        prompts, kept = self._filter([text], [question], method, watch, progress)
         return self._answer(prompts, kept, method, max_new_tokens, sampling, seed, watch, on_text)[0]
 
     def generate_batch(
@@ -153,8 +153,8 @@ class Pipeline:
             raise UserError(f"{len(texts)} texts but {len(questions)} questions were given; give one for each text")
         if not texts:
             return []
-        watch = Stopwatch()
-        prompts, kept = self._filter(texts, questions, method or self.method(), watch, progress)
+        watch, method = Stopwatch(), method or self.method()
+        prompts, kept = self._filter(texts, questions, method, watch, progress)
         return self._answer(prompts, kept, method, max_new_tokens, sampling, seed, watch)
 
     def _filter(
@@ -187,7 +187,7 @@ class Pipeline:
         self,
         prompts: list[Prompt],
         kept: list[np.ndarray],
-        method: Method | None,
+        method: Method,
         max_new_tokens: int,
         sampling: Sampling,
         seed: int,

@@ -5,6 +5,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Pooling = Literal["none", "mean", "max"]
 
@@ -38,31 +39,42 @@ def pool(scores: jax.Array, kind: Pooling, kernel: int) -> jax.Array:
     return pooled / kernel if kind == "mean" else pooled
 
 
-def chunk_scores(scores: jax.Array, counted: jax.Array, start: jax.Array, chunk: int) -> jax.Array:
+def chunk_slots(places: np.ndarray, start: int, chunk: int) -> np.ndarray:
+    """Slots that lay the chunks of a row side by side, for `chunk_scores`; on the host.
+
+    Args:
+      places: increasing int [N], where the row's tokens stand in their prompt; some of the prompt may be missing.
+      start: where in the prompt chunks begin to be counted off. chunk: P.
+
+    Returns:
+      int [N], increasing: token i is the (slot mod P)-th of the (slot div P)-th chunk that has a token here.
+    """
+    numbers, within = np.divmod(places - start, chunk)
+    _, ranks = np.unique(numbers, return_inverse=True)
+    return ranks * chunk + within
+
+
+def chunk_scores(scores: jax.Array, counted: jax.Array, slots: jax.Array, chunk: int) -> jax.Array:
     """Give each token the score of its chunk: the mean of the chunk's best tokens.
 
     Args:
       scores: float32 [B, S]. counted: bool [B, S], tokens that take part.
-      start: int [B], where a row's chunks begin to be counted off; earlier tokens form chunks before it.
+      slots: int [B, S], see `chunk_slots`; at most 4 chunks more than S // P.
       chunk: P, tokens in a chunk.
 
     Returns:
       float32 [B, S]; -inf where no token of the chunk takes part.
     """
     batch, length = scores.shape
-    # Rows are shifted right so that `start` falls on a multiple of P, then cut into whole chunks.
-    shift = (-start) % chunk
-    chunks = -(-(length + chunk - 1) // chunk)
-    columns = jnp.arange(chunks * chunk) - shift[:, None]
-    inside = (columns >= 0) & (columns < length)
-    source = jnp.clip(columns, 0, length - 1)
-    counted = jnp.take_along_axis(counted, source, axis=1) & inside
-    shifted = jnp.where(counted, jnp.take_along_axis(scores, source, axis=1), -jnp.inf)
-    best, _ = jax.lax.top_k(shifted.reshape(batch, chunks, chunk), min(_BEST_OF_CHUNK, chunk))
+    chunks = length // chunk + 4  # cut ones: at the prompt's start, the document's start, its end, and by a budget
+    rows = jnp.arange(batch)[:, None]
+    laid_out = jnp.full((batch, chunks * chunk), -jnp.inf)
+    laid_out = laid_out.at[rows, jnp.where(counted, slots, chunks * chunk)].set(scores, mode="drop")
+    best, _ = jax.lax.top_k(laid_out.reshape(batch, chunks, chunk), min(_BEST_OF_CHUNK, chunk))
     present = best > -jnp.inf
     total = jnp.where(present, best, 0.0).sum(axis=-1)
     means = jnp.where(present.any(axis=-1), total / jnp.maximum(present.sum(axis=-1), 1), -jnp.inf)
-    return jnp.take_along_axis(means, (jnp.arange(length) + shift[:, None]) // chunk, axis=1)
+    return jnp.take_along_axis(means, jnp.clip(slots // chunk, 0, chunks - 1), axis=1)
 
 
 def select(
@@ -75,7 +87,7 @@ def select(
     pooling: Pooling = "none",
     kernel: int = 1,
     chunk: int = 1,
-    chunk_start: jax.Array | None = None,
+    slots: jax.Array | None = None,
 ) -> Selection:
     """Keep the best tokens of each row.
 
@@ -87,7 +99,8 @@ def select(
       scores: float32 [B, S]. lengths: int [B].
       keep: K or fewer, may be traced. capacity: K, the width of the result.
       required: bool [B, S]. pooling, kernel: see `pool`.
-      chunk: P; above 1, whole chunks are ranked and only the last one kept may be cut. chunk_start: see `chunk_scores`.
+      chunk: P; above 1, whole chunks are ranked and only the last one kept may be cut.
+      slots: int [B, S], see `chunk_slots`; chunks are counted off from the row's first token if None.
     """
     with jax.named_scope("selection"):
         batch, length = scores.shape
@@ -96,11 +109,12 @@ def select(
         neutral = 0.0 if pooling == "mean" else -jnp.inf
         ranked = pool(jnp.where(free, scores, neutral), pooling, kernel)
         if chunk > 1:
-            start = jnp.zeros((batch,), jnp.int32) if chunk_start is None else chunk_start
-            ranked = chunk_scores(ranked, free, start, chunk)
+            slots = jnp.broadcast_to(jnp.arange(length), (batch, length)) if slots is None else slots
+            ranked = chunk_scores(ranked, free, slots, chunk)
         # Free tokens stay finite, so that they rank below every required token and above all padding.
         limits = jnp.finfo(jnp.float32)
         ranked = jnp.clip(jnp.where(jnp.isnan(ranked), limits.min, ranked), limits.min, limits.max)
+        ranked = jnp.where(ranked == 0, 0.0, ranked)  # top_k would rank -0.0 below 0.0
         ranked = jnp.where(free, ranked, jnp.where(real, jnp.inf, -jnp.inf))
         width = min(capacity, length)
         _, best = jax.lax.top_k(ranked, width)

@@ -30,7 +30,7 @@ class Stopwatch:
         """Time a block; the block itself must wait for its arrays."""
         compiled, started = _compile_seconds, time.perf_counter()
         yield
-        compiling = _compile_seconds - compiled
         elapsed = time.perf_counter() - started
-        self.timings[name] = self.timings.get(name, 0.0) + max(elapsed - compiling, 0.0)
+        compiling = min(_compile_seconds - compiled, elapsed)  # a program traced inside another is counted twice
+        self.timings[name] = self.timings.get(name, 0.0) + elapsed - compiling
         self.timings[COMPILE] = self.timings.get(COMPILE, 0.0) + compiling

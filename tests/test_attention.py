@@ -48,16 +48,17 @@ def _check_causal(q: jax.Array, k: jax.Array, v: jax.Array, lengths: tuple[int, 
         assert np.abs(out[row, :length] - want).max() < tolerance
 
 
-@pytest.mark.parametrize("dtype", _TOLERANCE)
 @pytest.mark.parametrize(
-    ("lengths", "heads", "groups"),
+    ("lengths", "heads", "groups", "dtype"),
     [
-        pytest.param((1,), 4, 2, id="one token"),
-        pytest.param((37,), 4, 2, id="less than a block"),
-        pytest.param((512,), 4, 2, id="one block"),
-        pytest.param((1101, 513, 512, 1), 4, 2, id="ragged, not a multiple of the block"),
-        pytest.param((600, 40), 4, 1, id="one key head"),
-        pytest.param((600, 40), 3, 3, id="a key head for each query head"),
+        pytest.param((1,), 4, 2, "float32", id="one token"),
+        pytest.param((37,), 4, 2, "float32", id="less than a block"),
+        pytest.param((512,), 4, 2, "float32", id="one block"),
+        pytest.param((1101, 513, 512, 1), 4, 2, "float32", id="ragged, not a multiple of the block"),
+        pytest.param((1101, 513, 512, 1), 4, 2, "bfloat16", id="bfloat16"),
+        pytest.param((600, 40), 4, 1, "float32", id="one key head"),
+        pytest.param((600, 40), 4, 1, "bfloat16", id="one key head, bfloat16"),
+        pytest.param((600, 40), 3, 3, "float32", id="a key head for each query head"),
     ],
 )
 def test_causal_equals_the_reference(lengths, heads, groups, dtype):

@@ -125,15 +125,17 @@ def test_one_great_token_is_found_in_any_segment(score_of_token):
         assert place in kept
 
 
-@pytest.mark.parametrize("length", [200, 1999])
-def test_progress_grows_to_the_total_of_each_round(length):
+@pytest.mark.parametrize("lengths", [[200], [1999], [1999, 700, 200, 50]])
+def test_progress_grows_to_one_total(lengths):
+    """Each segment is told of, the whole prompts and the last pass once."""
     told: list[tuple[int, int]] = []
-    filtering.keep_tokens(tiny.decoder(), [_prompt(length)], _DEFAULT, progress=lambda *counts: told.append(counts))
-    rounds = [list(reads) for _, reads in itertools.groupby(told, key=lambda counts: counts[1])]
-    for reads in rounds:
-        assert reads[-1][0] == reads[-1][1]
-        assert all(before < after for before, after in itertools.pairwise(reads))
-    assert len(told) > len(rounds) if length > tiny.CONTEXT else told == [(length, length)]
+    prompts = [_prompt(length) for length in lengths]
+    filtering.keep_tokens(tiny.decoder(), prompts, _DEFAULT, progress=lambda *counts: told.append(counts))
+    reads, totals = zip(*told, strict=True)
+    assert all(before < after for before, after in itertools.pairwise(reads))
+    assert set(totals) == {reads[-1]}
+    room = (tiny.CONTEXT // 2 - _HEAD - _TAIL) // _CHUNK * _CHUNK
+    assert len(told) > sum(length // room for length in lengths if length > tiny.CONTEXT)
 
 
 @pytest.mark.parametrize(

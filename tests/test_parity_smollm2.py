@@ -1,17 +1,16 @@
 """The default model, weights and tokenizer, against what PyTorch and transformers make of the same file."""
 
-import pathlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from model_files import GOLDEN
 
 
 @pytest.fixture(scope="module")
 def expected() -> dict[str, np.ndarray]:
     """What make_smollm2.py stored."""
-    with np.load(pathlib.Path(__file__).parent / "golden" / "smollm2_top1.npz") as stored:
+    with np.load(GOLDEN / "smollm2_top1.npz") as stored:
         return dict(stored)
 
 

@@ -19,10 +19,10 @@ _WARM = Sampling(temperature=1.0, top_k=40, top_p=0.95)
 _PROMPTS = [tiny.random_ids(length) for length in (20, 32, 1, 9)]
 
 
-def _begin(rows, *, positions=_COMPACT, stops=_NO_STOP, sampling=GREEDY, seeds=None, limit=_LIMIT):
+def _begin(rows, *, model=None, positions=_COMPACT, stops=_NO_STOP, sampling=GREEDY, seeds=None, limit=_LIMIT):
     ids, lengths = pad(rows, _WIDTH)
     return two_stage.begin(
-        tiny.decoder(),
+        model or tiny.decoder(),
         ids,
         lengths,
         jnp.asarray(np.tile(positions, (len(rows), 1))),
@@ -128,6 +128,13 @@ def test_seeds_decide_what_is_drawn():
     assert first == same
     assert len(set(map(tuple, (first, other, another)))) == 3
     assert _generate(prompt, sampling=_WARM, seeds=[7, 8, 9, 5])[3] == first
+
+
+def test_every_token_is_drawn_anew():
+    """A model of zeros finds all tokens alike: a random key used twice would draw the same one twice."""
+    blank = jax.tree.map(np.zeros_like, tiny.decoder())
+    state = two_stage.finish(blank, _begin(_PROMPTS, model=blank, sampling=_WARM))
+    assert all(len(set(tokens)) > _LIMIT / 2 for tokens in _tokens(state))
 
 
 def _last_values(positions: np.ndarray) -> np.ndarray:

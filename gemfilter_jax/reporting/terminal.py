@@ -47,7 +47,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 @contextlib.contextmanager
 def reading_progress(console: Console) -> Iterator[filtering.Progress]:
-    """A bar of tokens read by stage 1; gone when the block ends."""
+    """A bar of tokens read by stage 1; gone once all are, so that an answer can be streamed."""
     columns = (
         TextColumn("reading"),
         BarColumn(),
@@ -60,5 +60,7 @@ def reading_progress(console: Console) -> Iterator[filtering.Progress]:
 
         def report(read: int, total: int) -> None:
             bar.update(task, completed=read, total=total, visible=True)
+            if read == total:
+                bar.stop()
 
         yield report

@@ -1,7 +1,7 @@
 """Makes smollm2_top1.npz beside this file: what PyTorch computes with the default model, and how its text is tokenised.
 
-Run by hand where PyTorch and accelerate are: `PYTHONPATH=. python tests/golden/make_smollm2.py`. Weights, vocabulary and
-merges come from the same GGUF file as ours, but through transformers' own reader. The file holds
+Run by hand where PyTorch and accelerate are: `PYTHONPATH=. python tests/golden/make_smollm2.py`. Weights, vocabulary
+and merges come from the same GGUF file as ours, but through transformers' own reader. The file holds
 
   text, ids [1000]                      the start of the essays and its tokens
   top1 [1000]                           the likeliest next token at every position
@@ -22,10 +22,11 @@ from gemfilter_jax.checkpoints import embedded
 _LENGTH = 1000
 _LARGEST = 64
 _NASTY = (
-    "Call 1234567 or 007 at 3.14159e-10!\r\nline\r\n\r\n\tdef f(x):\n        return {x**2: 'it''s', \"you'll\": [0x1F]}  # "
-    "two  and   three    spaces \u00e9\u0301 na\u00efve \u00df \u4e2d\u6587\u5b57 \u0440\u0443\u0441 \u0661\u0662\u0663 "
+    "Call 1234567 or 007 at 3.14159e-10!\r\nline\r\n\r\n\tdef f(x):\n        return {x**2: 'it''s', "
+    '"you\'ll": [0x1F]}  # two  and   three    spaces '
+    "\u00e9\u0301 na\u00efve \u00df \u4e2d\u6587\u5b57 \u0440\u0443\u0441 \u0661\u0662\u0663 "
     "\u00bd \u2014 \u201cquoted\u201d\u00a0nbsp\u200bzero \U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467 "
-    "<|im_start|>user\nhi<|im_end|>\n <|im_start|> <|endoftext|>  trailing  "
+    "<|im_start|>user\nhi<|im_end|>\n <|im_start|> <|endoftext|><repo_name>a/b<file_sep>  trailing  "
 )
 
 

@@ -1,0 +1,32 @@
+"""Hugging Face model folders as values, so that tests can change one and save it elsewhere."""
+
+import dataclasses
+import json
+import pathlib
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+@dataclasses.dataclass
+class Folder:
+    """The parsed config.json and all tensors of a folder."""
+
+    fields: dict
+    tensors: dict[str, np.ndarray]
+
+    @classmethod
+    def read(cls, path: pathlib.Path) -> "Folder":
+        tensors = {}
+        for shard in path.glob("*.safetensors"):
+            tensors |= load_file(shard)
+        return cls(json.loads((path / "config.json").read_text(encoding="utf-8")), tensors)
+
+    def save(self, path: pathlib.Path) -> pathlib.Path:
+        """Write a new folder with one safetensors file."""
+        path.mkdir()
+        (path / "config.json").write_text(json.dumps(self.fields), encoding="utf-8")
+        save_file(self.tensors, path / "model.safetensors")
+        return path

@@ -1,0 +1,99 @@
+"""The commands on the default model: what they print, and that JSON, stream, report and library agree."""
+
+import html
+import json
+import re
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from gemfilter_jax.evaluation import needle
+
+QUESTION = "What is the password of the old lighthouse?"
+CASE_TOKENS = 600
+
+
+@pytest.fixture(scope="module")
+def book(smollm2, tmp_path_factory):
+    case = next(needle.cases(smollm2.checkpoint.tokenizer, CASE_TOKENS, depths=(0.4,)))
+    path = tmp_path_factory.mktemp("book") / "book.txt"
+    path.write_text(f"<b>&</b> é世界 {case.text}", encoding="utf-8")
+    return path
+
+
+def gemfilter(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "gemfilter_jax.cli.main", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def generated(book):
+    report = book.with_suffix(".html")
+    done = gemfilter(
+        "generate", f"--prompt_file={book}", f"--question={QUESTION}", "--keep=200", "--max_new_tokens=16",
+        "--format=json", f"--report={report}",
+    )  # fmt: skip
+    return json.loads(done.stdout), done.stderr, report
+
+
+def test_generate_json_agrees_with_the_library(smollm2, book, generated):
+    fields, stderr, _ = generated
+    text = book.read_text(encoding="utf-8")
+    result = smollm2.generate(text, QUESTION, method=smollm2.method(keep=200), max_new_tokens=16)
+    assert fields["text"] == result.text
+    assert "marigold" in fields["text"]
+    assert fields["stop_reason"] == result.stop_reason
+    assert fields["prompt_tokens"] == result.selection.prompt_tokens
+    assert fields["kept_tokens"] == len(fields["indices"]) == 200
+    assert fields["indices"] == list(result.selection.indices)
+    assert [tuple(span) for span in fields["spans"]] == list(result.selection.spans)
+    assert set(fields["timings"]) == {"tokenize", "filter", "prefill", "decode", "compile"}
+    kept = "".join(text[start:end] for start, end in fields["spans"])
+    assert "The password of the old lighthouse is marigold." in kept
+    assert re.search(r"read \d+ tokens, kept 200 \(ratio 0\.\d{4}\), layers 0 to 17 of 30", stderr)
+    assert re.search(r"filter \d+\.\d\d s", stderr)
+
+
+def test_streamed_text_is_the_same_answer(book, generated):
+    done = gemfilter(
+        "generate",
+        f"--prompt_file={book}",
+        f"--question={QUESTION}",
+        "--keep=200",
+        "--max_new_tokens=16",
+        "--show_kept",
+    )
+    assert done.stdout == generated[0]["text"] + "\n"
+    assert "is marigold." in done.stderr
+
+
+def test_report_holds_the_whole_prompt_escaped(book, generated):
+    fields, _, report = generated
+    page = report.read_text(encoding="utf-8")
+    shown = re.search(r"<pre>(.*)</pre>", page, re.DOTALL)[1]
+    text = book.read_text(encoding="utf-8")
+    assert html.unescape(re.sub(r"</?mark[^>]*>", "", shown)) == text
+    marked = [html.unescape(piece) for piece in re.findall(r"<mark[^>]*>(.*?)</mark>", shown, re.DOTALL)]
+    assert marked == [text[start:end] for start, end in fields["spans"]]
+    assert "<b>&</b>" not in page
+    assert not list(report.parent.glob(f".{report.name}*"))
+
+
+def test_select_prints_kept_text_or_json(book):
+    shared = ("select", f"--prompt_file={book}", f"--question={QUESTION}", "--rule=paper", "--keep=150")
+    fields = json.loads(gemfilter(*shared, "--format=json").stdout)
+    assert set(fields) == {"prompt_tokens", "kept_tokens", "indices", "spans", "timings"}
+    assert fields["kept_tokens"] == len(fields["indices"]) == 150
+    text = book.read_text(encoding="utf-8")
+    assert gemfilter(*shared).stdout == "\n".join(text[start:end] for start, end in fields["spans"]) + "\n"
+
+
+def test_a_whole_context_is_filtered_within_two_gigabytes(smollm2, tmp_path):
+    book = tmp_path / "long.txt"
+    book.write_text(next(needle.cases(smollm2.checkpoint.tokenizer, 8_080, depths=(0.5,))).text, encoding="utf-8")
+    fields = json.loads(gemfilter("select", f"--prompt_file={book}", f"--question={QUESTION}", "--format=json").stdout)
+    assert 8_100 < fields["prompt_tokens"] <= 8_192
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    assert peak < 2e9

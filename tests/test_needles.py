@@ -1,0 +1,20 @@
+"""A small part of `gemfilter evaluate`: hidden facts are kept and answered, within the context and beyond it."""
+
+import pytest
+
+from gemfilter_jax.evaluation import needle
+
+
+@pytest.mark.parametrize("which", [0, 2, 3])
+def test_facts_in_2048_tokens(smollm2, which):
+    case = next(needle.cases(smollm2.checkpoint.tokenizer, 2048, needles=needle.NEEDLES[which:], depths=(0.5,)))
+    outcome = needle.ask(smollm2, case, smollm2.method(keep=512))
+    assert outcome.kept == 1.0
+    assert outcome.right, outcome.answer
+
+
+def test_a_fact_in_twice_the_context(smollm2):
+    case = next(needle.cases(smollm2.checkpoint.tokenizer, 16_000, depths=(0.3,)))
+    outcome = needle.ask(smollm2, case, smollm2.method(keep=512))
+    assert outcome.kept == 1.0
+    assert outcome.right, outcome.answer
