@@ -4,6 +4,7 @@ A field that changes the numbers and is not understood is an error here, never a
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -66,23 +67,51 @@ class ModelConfig:
     activation: str = "silu"
 
     def __post_init__(self) -> None:
-        for name in ("layers", "width", "heads", "kv_heads", "head_width", "mlp_width", "vocab", "context"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise UserError(f"model config: {name} is {value!r}, expected a whole number of at least 1")
         if self.heads % self.kv_heads:
             raise UserError(
                 f"model config: {self.heads} query heads cannot share {self.kv_heads} key/value heads evenly"
             )
         if self.head_width % 2:
             raise UserError(f"model config: head width {self.head_width} is odd, rotary embedding needs an even one")
+        if isinstance(self.rope_scaling, FactorRope) and len(self.rope_scaling.factors) != self.head_width // 2:
+            raise UserError(
+                f"model config: {len(self.rope_scaling.factors)} rope factors, expected {self.head_width // 2}, "
+                f"half the head width"
+            )
 
 
-def take(fields: Mapping[str, Any], name: str, source: str) -> Any:
-    """A required field, or a `UserError` that names it and where it was looked for."""
-    if fields.get(name) is None:
+def take(fields: Mapping[str, Any], name: str, source: str, default: Any = None) -> Any:
+    """A field, or `default`, or a `UserError` that names the field and where it was looked for."""
+    value = fields.get(name)
+    if value is None:
+        value = default
+    if value is None:
         raise UserError(f"{source}: field {name!r} is missing")
-    return fields[name]
+    return value
+
+
+def take_count(fields: Mapping[str, Any], name: str, source: str, default: int | None = None) -> int:
+    """As `take`, for a whole number of at least 1."""
+    value = take(fields, name, source, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(f"{source}: field {name!r} is {value!r}, expected a whole number of at least 1")
+    return value
+
+
+def take_positive(fields: Mapping[str, Any], name: str, source: str, default: float | None = None) -> float:
+    """As `take`, for a number above 0."""
+    value = take(fields, name, source, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise UserError(f"{source}: field {name!r} is {value!r}, expected a number above 0")
+    return float(value)
+
+
+def take_flag(fields: Mapping[str, Any], name: str, source: str) -> bool:
+    """A field that is true or false, false if it is missing."""
+    value = take(fields, name, source, False)
+    if not isinstance(value, bool):
+        raise UserError(f"{source}: field {name!r} is {value!r}, expected true or false")
+    return value
 
 
 def refuse_unknown(fields: Mapping[str, Any], known: set[str], source: str) -> None:

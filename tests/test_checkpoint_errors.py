@@ -1,5 +1,6 @@
 """What cannot be loaded faithfully is refused, in one clear line, before anything runs."""
 
+import json
 import pathlib
 import shutil
 
@@ -78,7 +79,18 @@ def test_tensors_must_fit_the_config(tmp_path, fault, words, container):
         ({"rope_interleaved": True}, ["rope_interleaved", "not supported"]),
         ({"num_key_value_heads": 4}, ["6 query heads", "4 key/value heads"]),
         ({"head_dim": 7}, ["head width 7 is odd"]),
-        ({"num_hidden_layers": "3"}, ["layers is '3'"]),
+        ({"num_hidden_layers": "3"}, ["'num_hidden_layers' is '3'", "whole number"]),
+        ({"num_hidden_layers": True}, ["'num_hidden_layers' is True"]),
+        ({"num_attention_heads": 0}, ["'num_attention_heads' is 0"]),
+        ({"num_key_value_heads": 0}, ["'num_key_value_heads' is 0"]),
+        ({"hidden_size": 50, "head_dim": None}, ["hidden_size 50 is no multiple"]),
+        ({"rms_norm_eps": "1e-5"}, ["'rms_norm_eps' is '1e-5'", "number above 0"]),
+        ({"rope_parameters": None, "rope_theta": 0}, ["'rope_theta' is 0"]),
+        ({"rope_parameters": [1]}, ["'rope_parameters' is [1]"]),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, ["'factor' is 0"]),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2, "mscale": 3}}, ["unsupported field", "mscale"]),
+        ({"tie_word_embeddings": "yes"}, ["'tie_word_embeddings' is 'yes'"]),
+        ({"model_type": ["llama"]}, ["model_type ['llama'] is not supported"]),
     ],
     ids=str,
 )
@@ -93,6 +105,20 @@ def test_activation_must_be_known(tmp_path):
     folder.fields["hidden_act"] = "swish7"
     opened = HuggingFaceFolder(folder.save(tmp_path / "folder"))
     refusal(lambda: opened.decoder(jnp.float32), "activation 'swish7' is not supported", "silu")
+
+
+def test_end_tokens_must_be_numbers(tmp_path):
+    folder = Folder.read(WHOLE)
+    folder.fields["eos_token_id"] = "</s>"
+    opened = HuggingFaceFolder(folder.save(tmp_path / "folder"))
+    refusal(opened.stop_tokens, "eos_token_id", "</s>")
+
+
+def test_weights_must_be_floating_point(tmp_path):
+    folder = Folder.read(WHOLE)
+    folder.tensors["model.norm.weight"] = folder.tensors["model.norm.weight"].astype("int32")
+    opened = HuggingFaceFolder(folder.save(tmp_path / "folder"))
+    refusal(lambda: opened.decoder(jnp.float32), "model.norm.weight is int32", "floating-point")
 
 
 @pytest.fixture
@@ -198,3 +224,9 @@ def test_unknown_source_and_dtype(tmp_path):
     refusal(lambda: load_checkpoint(str(tmp_path / "nothing")), "nothing", "not a folder, a file, a hub id")
     refusal(lambda: load_checkpoint("smolm2"), "did you mean 'smollm2'")
     refusal(lambda: load_checkpoint("smollm2", "float16"), "dtype 'float16' is unknown", "bfloat16")
+
+
+@pytest.mark.parametrize("places", [{"a": 1}, {"a": "../outside.safetensors"}, [["a"]]], ids=str)
+def test_index_must_name_files_of_the_folder(copy, places):
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    refusal(lambda: decode(copy), "weight_map must name files of this folder")

@@ -11,7 +11,16 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from gemfilter_jax.checkpoints.weights import build_decoder, tensor_names
-from gemfilter_jax.config import FactorRope, LinearRope, ModelConfig, RopeScaling, refuse_unknown, take
+from gemfilter_jax.config import (
+    FactorRope,
+    LinearRope,
+    ModelConfig,
+    RopeScaling,
+    refuse_unknown,
+    take,
+    take_count,
+    take_positive,
+)
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.models.decoder import Decoder
 
@@ -146,41 +155,42 @@ class GGUFFile:
         return {name.removeprefix(prefix): v for name, v in self.metadata.items() if name.startswith(prefix)}
 
     def _config(self) -> ModelConfig:
-        fields, source = self._fields(), str(self.path)
-        heads, width = take(fields, "attention.head_count", source), take(fields, "embedding_length", source)
-        head_width = fields.get("attention.key_length") or width // heads
+        fields, source = self._fields(), f"{self.path} (llama.*)"
+        heads, width = (take_count(fields, name, source) for name in ("attention.head_count", "embedding_length"))
+        head_width = take_count(fields, "attention.key_length", source, max(width // heads, 1))
         for name in ("attention.value_length", "rope.dimension_count"):
             if fields.get(name, head_width) != head_width:
-                raise UserError(f"{source}: llama.{name} is {fields[name]}; only the head width, {head_width}, will do")
+                raise UserError(f"{source}: {name} is {fields[name]}; only the head width, {head_width}, will do")
         embedding = self._tensors.get("token_embd.weight")
         if embedding is None:
-            raise UserError(f"{source}: tensor token_embd.weight is missing")
+            raise UserError(f"{self.path}: tensor token_embd.weight is missing")
         return ModelConfig(
             family="llama",
-            layers=take(fields, "block_count", source),
+            layers=take_count(fields, "block_count", source),
             width=width,
             heads=heads,
-            kv_heads=fields.get("attention.head_count_kv", heads),
+            kv_heads=take_count(fields, "attention.head_count_kv", source, heads),
             head_width=head_width,
-            mlp_width=take(fields, "feed_forward_length", source),
-            vocab=int(embedding.shape[1]),
-            context=take(fields, "context_length", source),
-            rms_eps=take(fields, "attention.layer_norm_rms_epsilon", source),
-            rope_theta=float(fields.get("rope.freq_base", 10000.0)),
-            rope_scaling=self._rope_scaling(fields),
+            mlp_width=take_count(fields, "feed_forward_length", source),
+            vocab=int(embedding.shape[-1]),
+            context=take_count(fields, "context_length", source),
+            rms_eps=take_positive(fields, "attention.layer_norm_rms_epsilon", source),
+            rope_theta=take_positive(fields, "rope.freq_base", source, 10000.0),
+            rope_scaling=self._rope_scaling(fields, source),
             tie_embeddings="output.weight" not in self._tensors,
             attention_bias="blk.0.attn_q.bias" in self._tensors,
         )
 
-    def _rope_scaling(self, fields: Mapping[str, Any]) -> RopeScaling | None:
-        if _ROPE_FACTORS in self._tensors:
-            return FactorRope(tuple(self._dequantised(_ROPE_FACTORS).tolist()))
+    def _rope_scaling(self, fields: Mapping[str, Any], source: str) -> RopeScaling | None:
         kind = fields.get("rope.scaling.type", "none")
-        if kind == "linear":
-            return LinearRope(float(take(fields, "rope.scaling.factor", str(self.path))))
-        if kind != "none":
-            raise UserError(f"{self.path}: rope scaling {kind!r} is not supported; supported: none, linear")
-        return None
+        if kind not in ("none", "linear"):
+            raise UserError(f"{source}: rope scaling {kind!r} is not supported; supported: none, linear")
+        linear = LinearRope(take_positive(fields, "rope.scaling.factor", source)) if kind == "linear" else None
+        if _ROPE_FACTORS not in self._tensors:
+            return linear
+        if linear:
+            raise UserError(f"{source}: rope scaling {kind!r} together with tensor {_ROPE_FACTORS} is not supported")
+        return FactorRope(tuple(self._dequantised(_ROPE_FACTORS).ravel().tolist()))
 
     def _names(self) -> dict[str, str]:
         """Hugging Face's name of every tensor name that the file may hold."""

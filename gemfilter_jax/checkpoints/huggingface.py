@@ -5,6 +5,7 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -29,7 +30,7 @@ class HuggingFaceFolder:
         self.folder = folder
         self._fields = _read_json(folder / "config.json")
         family = take(self._fields, "model_type", str(folder / "config.json"))
-        if family not in _FAMILIES:
+        if not isinstance(family, str) or family not in _FAMILIES:
             raise UserError(
                 f"{folder / 'config.json'}: model_type {family!r} is not supported; supported: {', '.join(_FAMILIES)}"
             )
@@ -48,7 +49,10 @@ class HuggingFaceFolder:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in place.items()}
 
         def read(name: str) -> np.ndarray:
-            return np.asarray(place[name].get_tensor(name))
+            tensor = np.asarray(place[name].get_tensor(name))
+            if not jnp.issubdtype(tensor.dtype, jnp.floating):
+                raise UserError(f"{self.folder}: tensor {name} is {tensor.dtype}, expected floating-point weights")
+            return tensor
 
         return build_decoder(self.config, shapes, read, dtype=dtype, source=str(self.folder))
 
@@ -68,12 +72,19 @@ class HuggingFaceFolder:
         path = self.folder / "generation_config.json"
         generation = _read_json(path) if path.exists() else {}
         ids = generation.get("eos_token_id", self._fields.get("eos_token_id"))
-        return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
+        ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+        if not all(isinstance(token, int) for token in ids):
+            raise UserError(f"{self.folder}: eos_token_id is {ids!r}, expected whole numbers")
+        return tuple(ids)
 
     def _weight_files(self) -> list[pathlib.Path]:
         index = self.folder / "model.safetensors.index.json"
         if index.exists():
-            return sorted({self.folder / name for name in take(_read_json(index), "weight_map", str(index)).values()})
+            places = take(_read_json(index), "weight_map", str(index))
+            names = list(places.values()) if isinstance(places, dict) else [places]
+            if not all(isinstance(name, str) and pathlib.PurePath(name).name == name for name in names):
+                raise UserError(f"{index}: weight_map must name files of this folder for tensors")
+            return sorted(self.folder / name for name in set(names))
         whole = self.folder / "model.safetensors"
         if whole.exists():
             return [whole]

@@ -3,7 +3,17 @@
 from collections.abc import Mapping
 from typing import Any
 
-from gemfilter_jax.config import LinearRope, Llama3Rope, ModelConfig, RopeScaling, refuse_unknown, take
+from gemfilter_jax.config import (
+    LinearRope,
+    Llama3Rope,
+    ModelConfig,
+    RopeScaling,
+    refuse_unknown,
+    take,
+    take_count,
+    take_flag,
+    take_positive,
+)
 from gemfilter_jax.errors import UserError
 
 # Fields of a Hugging Face config.json that are read below.
@@ -27,48 +37,59 @@ def config_from_hf(fields: Mapping[str, Any], source: str) -> ModelConfig:
     refuse_unknown(fields, _READ | _HARMLESS, source)
     if fields.get("rope_interleaved"):
         raise UserError(f"{source}: rope_interleaved true is not supported, only false")
-    heads = take(fields, "num_attention_heads", source)
-    width = take(fields, "hidden_size", source)
-    rope = fields.get("rope_parameters") or {}
-    theta = rope.get("rope_theta", fields.get("rope_theta", 10000.0))
-    scaling = rope if rope.get("rope_type", "default") != "default" else fields.get("rope_scaling")
+    heads = take_count(fields, "num_attention_heads", source)
+    width = take_count(fields, "hidden_size", source)
+    if fields.get("head_dim") is None and width % heads:
+        raise UserError(f"{source}: hidden_size {width} is no multiple of num_attention_heads {heads}")
+    rope = take(fields, "rope_parameters", source, {})
+    if not isinstance(rope, Mapping):
+        raise UserError(f"{source}: field 'rope_parameters' is {rope!r}, expected an object")
+    scaling = rope or take(fields, "rope_scaling", source, {})
     return ModelConfig(
         family="llama",
-        layers=take(fields, "num_hidden_layers", source),
+        layers=take_count(fields, "num_hidden_layers", source),
         width=width,
         heads=heads,
-        kv_heads=fields.get("num_key_value_heads") or heads,
-        head_width=fields.get("head_dim") or width // heads,
-        mlp_width=take(fields, "intermediate_size", source),
-        vocab=take(fields, "vocab_size", source),
-        context=take(fields, "max_position_embeddings", source),
-        rms_eps=fields.get("rms_norm_eps", 1e-6),
-        rope_theta=float(theta),
+        kv_heads=take_count(fields, "num_key_value_heads", source, heads),
+        head_width=take_count(fields, "head_dim", source, max(width // heads, 1)),
+        mlp_width=take_count(fields, "intermediate_size", source),
+        vocab=take_count(fields, "vocab_size", source),
+        context=take_count(fields, "max_position_embeddings", source),
+        rms_eps=take_positive(fields, "rms_norm_eps", source, 1e-6),
+        rope_theta=take_positive(rope if "rope_theta" in rope else fields, "rope_theta", source, 10000.0),
         rope_scaling=_rope_scaling(scaling, source),
-        tie_embeddings=fields.get("tie_word_embeddings", False),
-        attention_bias=fields.get("attention_bias", False),
-        mlp_bias=fields.get("mlp_bias", False),
-        activation=fields.get("hidden_act", "silu"),
+        tie_embeddings=take_flag(fields, "tie_word_embeddings", source),
+        attention_bias=take_flag(fields, "attention_bias", source),
+        mlp_bias=take_flag(fields, "mlp_bias", source),
+        activation=take(fields, "hidden_act", source, "silu"),
     )
 
 
-def _rope_scaling(fields: Mapping[str, Any] | None, source: str) -> RopeScaling | None:
-    if not fields:
-        return None
+# What each type of rotary scaling reads, besides its own name and rope_theta.
+_ROPE_FIELDS = {
+    "default": set(),
+    "linear": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+}
+
+
+def _rope_scaling(fields: Mapping[str, Any], source: str) -> RopeScaling | None:
     kind = fields.get("rope_type", fields.get("type", "default"))
-    match kind:
-        case "default":
-            return None
-        case "linear":
-            return LinearRope(float(take(fields, "factor", source)))
-        case "llama3":
-            return Llama3Rope(
-                factor=float(take(fields, "factor", source)),
-                low_freq_factor=float(take(fields, "low_freq_factor", source)),
-                high_freq_factor=float(take(fields, "high_freq_factor", source)),
-                original_context=take(fields, "original_max_position_embeddings", source),
-            )
-    raise UserError(f"{source}: rope type {kind!r} is not supported; supported: default, linear, llama3")
+    if kind not in _ROPE_FIELDS:
+        raise UserError(f"{source}: rope type {kind!r} is not supported; supported: {', '.join(_ROPE_FIELDS)}")
+    source = f"{source} (rope type {kind})"
+    refuse_unknown(fields, {"rope_type", "type", "rope_theta"} | _ROPE_FIELDS[kind], source)
+    if kind == "default":
+        return None
+    factor = take_positive(fields, "factor", source)
+    if kind == "linear":
+        return LinearRope(factor)
+    return Llama3Rope(
+        factor=factor,
+        low_freq_factor=take_positive(fields, "low_freq_factor", source),
+        high_freq_factor=take_positive(fields, "high_freq_factor", source),
+        original_context=take_count(fields, "original_max_position_embeddings", source),
+    )
 
 
 # A Hugging Face tensor name (with {layer} standing for the layer's number) and the decoder's parameter it fills.
