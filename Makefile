@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 .PHONY: help demo test lint bench clean
 
 help:
-	@echo "make demo   environment, default model, two questions of a text 14 times longer than its context"
+	@echo "make demo   environment, default model, two questions of a text seven times longer than its context"
 	@echo "make test   environment and the whole test suite"
 	@echo "make lint   style, formatting and types"
 	@echo "make bench  full attention against GemFilter on this device"

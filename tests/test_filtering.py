@@ -11,7 +11,7 @@ from gemfilter_jax import filtering
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.methods import GemFilter
 
-_HEAD, _TAIL, _CHUNK = 6, 10, 8
+_HEAD, _TAIL, _CHUNK = 7, 10, 8  # so that a segment holds part of a chunk more than its whole ones
 _DEFAULT = GemFilter(filter_layer=2, keep=64, window=16, pooling="none", kernel=1, chunk=_CHUNK)
 _PAPER = GemFilter.paper(filter_layer=2, keep=64)
 
@@ -51,10 +51,10 @@ def test_the_filter_is_not_run_where_everything_is_kept(monkeypatch):
     np.testing.assert_array_equal(rows, np.arange(64))
 
 
-@pytest.mark.parametrize("keep", [16, 17, 64, 100, 170, 200, 256])
+@pytest.mark.parametrize("keep", [_HEAD + _TAIL, 18, 64, 100, 170, 201, 256, 300])
 @pytest.mark.parametrize("length", [257, 1999])
 def test_prompts_beyond_the_context(length, keep):
-    """Budgets from the template and question alone up to the whole context, in whole chunks or not."""
+    """Budgets from the template and question alone to more than the context, in whole chunks or not."""
     method, prompt = dataclasses.replace(_DEFAULT, keep=keep), _prompt(length)
     _check_kept(filtering.keep_tokens(tiny.decoder(), [prompt], method)[0], prompt, method)
 
@@ -86,6 +86,27 @@ def score_of_token(monkeypatch) -> dict[int, float]:
 
     monkeypatch.setattr(filtering, "_scores", look_up)
     return scores
+
+
+def test_segments_are_whole_chunks_between_head_and_tail(monkeypatch):
+    passes: list[np.ndarray] = []
+
+    def record(model, ids, method, normalisation, *, width):
+        passes.extend(ids)
+        return np.zeros((len(ids), width), np.float32)
+
+    monkeypatch.setattr(filtering, "_scores", record)
+    prompt = tiny.prompt_of(np.arange(1000, dtype=np.int32), _HEAD, _TAIL)
+    filtering.keep_tokens(tiny.decoder(), [prompt], _DEFAULT)
+    *segments, last = passes
+    document = [segment[_HEAD:-_TAIL] for segment in segments]
+    np.testing.assert_array_equal(np.concatenate(document), np.arange(_HEAD, 1000 - _TAIL))
+    assert all((part[0] - _HEAD) % _CHUNK == 0 for part in document)
+    for ids in passes:
+        assert len(ids) <= tiny.CONTEXT // 2
+        np.testing.assert_array_equal(ids[:_HEAD], np.arange(_HEAD))
+        np.testing.assert_array_equal(ids[-_TAIL:], np.arange(1000 - _TAIL, 1000))
+    assert len(last) > _DEFAULT.keep
 
 
 def _ranked_chunks(score_of_token: dict[int, float], document: int, ranks: np.ndarray):
@@ -121,7 +142,7 @@ def test_one_great_token_is_found_in_any_segment(score_of_token):
     for place in range(_HEAD, len(prompt) - _TAIL, 97):
         score_of_token.clear()
         score_of_token[place] = 9.0
-        (kept,) = filtering.keep_tokens(tiny.decoder(), [prompt], dataclasses.replace(_DEFAULT, keep=24))
+        (kept,) = filtering.keep_tokens(tiny.decoder(), [prompt], dataclasses.replace(_DEFAULT, keep=25))
         assert place in kept
 
 
@@ -145,7 +166,7 @@ def test_progress_grows_to_one_total(lengths):
         pytest.param({"filter_layer": -1}, 90, _HEAD, "filter layer -1 .* 0 to 3", id="layer negative"),
         pytest.param({"keep": 0}, 90, _HEAD, "keep is 0.* at least 1", id="keep nothing"),
         pytest.param({"head_weights": (1.0,)}, 90, _HEAD, "1 head weights .* 4 query heads", id="head weights"),
-        pytest.param({"keep": 15}, 90, _HEAD, "keep is 15, .* question alone are 16 tokens", id="keep too little"),
+        pytest.param({"keep": 16}, 90, _HEAD, "keep is 16, .* question alone are 17 tokens", id="keep too little"),
         pytest.param({"keep": 200}, 300, 112, "take 122 tokens.* no room .* of 128 tokens", id="long question"),
         pytest.param({"positions": "original"}, 300, _HEAD, "original positions .* 256.* 300", id="positions"),
     ],

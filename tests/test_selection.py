@@ -74,6 +74,12 @@ def _kept(selection, row: int) -> list[int]:
     return indices[:count].tolist()
 
 
+def _selected(case, rule):
+    scores, lengths, required, starts, keep = case
+    slots = _slots(starts, _WIDTH, rule.get("chunk", 1))
+    return _select(scores, lengths, keep=keep, capacity=_WIDTH, required=required, slots=slots, **rule)
+
+
 @st.composite
 def _cases(draw, score):
     """Two rows of scores and lengths, required tokens, where chunks start, and a keep that holds what is required."""
@@ -138,20 +144,26 @@ def test_a_chunk_without_a_counted_token_scores_minus_infinity():
     np.testing.assert_array_equal(scores[0], [-np.inf] * 4 + [1.0] * 8)
 
 
+@_reproducible
+@given(
+    places=st.sets(st.integers(0, 99), min_size=1, max_size=40).map(sorted),
+    start=st.integers(0, 30),
+    chunk=st.integers(1, 12),
+)
+def test_chunk_slots_keep_the_prompts_chunks_apart(places, start, chunk):
+    """What is left of a prompt forms the chunks that it formed in the prompt, without empty ones between them."""
+    slots = chunk_slots(np.array(places), start, chunk)
+    numbers = [(place - start) // chunk for place in places]
+    np.testing.assert_array_equal(slots // chunk, [sorted(set(numbers)).index(number) for number in numbers])
+    np.testing.assert_array_equal(slots % chunk, [(place - start) % chunk for place in places])
+
+
 @_every_rule
 @_reproducible
 @given(case=_cases(_whole_numbers))
 def test_select_equals_the_reference(rule, case):
     scores, lengths, required, starts, keep = case
-    kept = _select(
-        scores,
-        lengths,
-        keep=keep,
-        capacity=_WIDTH,
-        required=required,
-        slots=_slots(starts, _WIDTH, rule.get("chunk", 1)),
-        **rule,
-    )
+    kept = _selected(case, rule)
     for row in range(2):
         want = _kept_by_rule(scores[row].tolist(), lengths[row], keep, required[row], int(starts[row]), **rule)
         assert _kept(kept, row) == want
@@ -161,16 +173,8 @@ def test_select_equals_the_reference(rule, case):
 @_reproducible
 @given(case=_cases(_nasty_numbers))
 def test_what_holds_for_any_scores(rule, case):
-    scores, lengths, required, starts, keep = case
-    selection = _select(
-        scores,
-        lengths,
-        keep=keep,
-        capacity=_WIDTH,
-        required=required,
-        slots=_slots(starts, _WIDTH, rule.get("chunk", 1)),
-        **rule,
-    )
+    _, lengths, required, _, keep = case
+    selection = _selected(case, rule)
     for row in range(2):
         kept, length = _kept(selection, row), int(lengths[row])
         assert len(kept) == min(keep, length)
@@ -185,16 +189,8 @@ def test_what_holds_for_any_scores(rule, case):
 @_reproducible
 @given(case=_cases(st.one_of(_whole_numbers, _nasty_numbers)))
 def test_only_one_chunk_is_cut_and_only_at_its_end(rule, case):
-    scores, lengths, required, starts, keep = case
-    selection = _select(
-        scores,
-        lengths,
-        keep=keep,
-        capacity=_WIDTH,
-        required=required,
-        slots=_slots(starts, _WIDTH, rule.get("chunk", 1)),
-        **rule,
-    )
+    _, lengths, required, starts, _ = case
+    selection = _selected(case, rule)
     for row in range(2):
         kept = set(_kept(selection, row))
         chunks: dict[int, list[int]] = {}
