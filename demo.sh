@@ -7,13 +7,13 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 text=$folder/python-reference.txt
 
-# The reference ships with every Python as pydoc_data.topics; this much of it is about 62,500 tokens.
+# The reference ships with every Python as pydoc_data.topics; this much of it is about 60,400 tokens.
 "$bin/python" - "$text" <<'PYTHON'
 import pathlib
 import sys
 from pydoc_data.topics import topics
 
-text = "\n\n".join(topics[name] for name in sorted(topics))[:255_000]
+text = "\n\n".join(topics[name] for name in sorted(topics))[:246_000]
 pathlib.Path(sys.argv[1]).write_text(text, encoding="utf-8")
 PYTHON
 
