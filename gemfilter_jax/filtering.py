@@ -72,8 +72,9 @@ def check(model: Decoder, prompt: Prompt, method: GemFilter) -> None:
         raise UserError(
             f"filter layer {method.filter_layer} is out of range; the model has layers 0 to {config.layers - 1}"
         )
-    if method.keep < 1:
-        raise UserError(f"keep is {method.keep}; at least 1 token must be kept")
+    for name in ("keep", "window", "kernel", "chunk"):
+        if getattr(method, name) < 1:
+            raise UserError(f"{name} is {getattr(method, name)}, expected at least 1 token")
     if method.head_weights is not None and len(method.head_weights) != config.heads:
         raise UserError(f"{len(method.head_weights)} head weights were given; the model has {config.heads} query heads")
     required = prompt.head + prompt.tail

@@ -62,11 +62,10 @@ def _masses(q: jax.Array, rows: jax.Array, k: jax.Array, head_weights: jax.Array
         per_block = jax.lax.map(lambda x: jax.nn.logsumexp(logits(*x), axis=-1), numbered)
         reference = jax.nn.logsumexp(per_block, axis=0)
 
-    heads = rearrange(head_weights, "(g r) -> g r", g=groups)
-    weights = heads[..., None] * (rows >= 0)[:, None, None]
+    weights = rearrange(head_weights, "(g r) -> g r", g=groups)
 
     def mass(numbered_block):
         relative = logits(*numbered_block) - jnp.where(jnp.isfinite(reference), reference, 0.0)[..., None]
-        return jnp.einsum("bgrws,bgrw->bs", jnp.exp(jnp.minimum(relative, _LARGEST_EXPONENT)), weights)
+        return jnp.einsum("bgrws,gr->bs", jnp.exp(jnp.minimum(relative, _LARGEST_EXPONENT)), weights)
 
     return rearrange(jax.lax.map(mass, numbered), "n b s -> b (n s)")[:, :length]
