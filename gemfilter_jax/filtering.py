@@ -17,7 +17,8 @@ from gemfilter_jax.scoring import Normalisation
 Progress = Callable[[int, int], None]
 """Told (tokens read, tokens to read) as stage 1 goes on."""
 
-_select = jax.jit(selection.select, static_argnames=("capacity", "pooling", "kernel", "chunk"))
+_select = jax.jit(selection.select, static_argnames=("capacity", "pooling", "kernel"))
+_SEGMENTS = 4  # in one context: attention costs less in short segments, the template and question more
 
 
 def keep_tokens(
@@ -25,9 +26,9 @@ def keep_tokens(
 ) -> list[np.ndarray]:
     """The indices of the tokens that `method` keeps of each prompt, increasing.
 
-    A prompt beyond the model's context is first cut into segments of half the context, each with the template's head
-    and the question around it; the best tokens of all segments, as many as one segment holds (or `keep`, if that is
-    more), then go through the filter together.
+    A prompt beyond the model's context is first cut into segments of a quarter of the context, each with the template's
+    head and the question around it; the best tokens of all segments, as many as one segment holds (or `keep`, if that
+    is more), then go through the filter together.
 
     Raises:
       UserError: the method does not fit the model or a prompt.
@@ -82,10 +83,10 @@ def check(model: Decoder, prompt: Prompt, method: GemFilter) -> None:
         raise UserError(
             f"keep is {method.keep}, but the template and the question alone are {required} tokens; keep more than that"
         )
-    if len(prompt) > config.context and _document_room(config.context, prompt, method) < method.chunk:
+    if len(prompt) > config.context and _document_room(config.context, prompt) < method.chunk:
         raise UserError(
             f"the template and the question take {required} tokens, which leaves no room for the document in a "
-            f"segment of {config.context // 2} tokens; ask a shorter question"
+            f"segment of {config.context // _SEGMENTS} tokens; ask a shorter question"
         )
     if len(prompt) > config.context and method.positions == "original":
         raise UserError(
@@ -94,10 +95,9 @@ def check(model: Decoder, prompt: Prompt, method: GemFilter) -> None:
         )
 
 
-def _document_room(context: int, prompt: Prompt, method: GemFilter) -> int:
-    """Document tokens in a segment: whole chunks, so that no chunk lies across two segments."""
-    room = context // 2 - prompt.head - prompt.tail
-    return room // method.chunk * method.chunk
+def _document_room(context: int, prompt: Prompt) -> int:
+    """Document tokens in a segment."""
+    return context // _SEGMENTS - prompt.head - prompt.tail
 
 
 def _left_by_segments(context: int, prompt: Prompt, method: GemFilter) -> int:
@@ -105,28 +105,52 @@ def _left_by_segments(context: int, prompt: Prompt, method: GemFilter) -> int:
     if len(prompt) <= context:
         return len(prompt)
     around = prompt.head + prompt.tail
-    return min(len(prompt), around + max(_document_room(context, prompt, method), method.keep - around))
+    return min(len(prompt), around + max(_document_room(context, prompt), method.keep - around))
 
 
 def _best_of_segments(model: Decoder, prompt: Prompt, method: GemFilter, count: _Counter) -> np.ndarray:
     """The first round of a prompt beyond the context: score every segment, keep what one pass holds."""
     context = model.config.context
-    room = _document_room(context, prompt, method)
     rows = np.arange(len(prompt))
     head, tail = rows[: prompt.head], rows[len(rows) - prompt.tail :]
-    document = rows[prompt.head : len(rows) - prompt.tail]
     normalisation: Normalisation = "sink" if method.normalisation == "softmax" else method.normalisation
     scores = []
-    for start in range(0, len(document), room):
-        segment = np.concatenate([head, document[start : start + room], tail])
-        scored = _scores(model, [prompt.ids[segment]], method, normalisation, width=bucket(context // 2))
+    for document in _segments(prompt, method, _document_room(context, prompt)):
+        segment = np.concatenate([head, document, tail])
+        scored = _scores(model, [prompt.ids[segment]], method, normalisation, width=bucket(context // _SEGMENTS))
         scores.append(scored[0, prompt.head : len(segment) - prompt.tail])
-        count.add(len(scores[-1]))
+        count.add(len(document))
     count.add(len(head) + len(tail))
     padded = np.zeros((1, bucket(len(rows))), np.float32)
     padded[0, prompt.head : len(rows) - prompt.tail] = np.concatenate(scores)
     keep = _left_by_segments(context, prompt, method)
     return _kept(padded, [prompt], [rows], method, keep=keep, required=True)[0]
+
+
+def _segments(prompt: Prompt, method: GemFilter, room: int) -> list[np.ndarray]:
+    """The document's rows, cut into pieces of up to `room` tokens between chunks."""
+    chunks = _chunks(prompt, method)
+    start, end, segments = prompt.head, len(prompt) - prompt.tail, []
+    while start < end:
+        stop = min(start + room, end)
+        if stop < end:
+            stop = int(np.searchsorted(chunks, chunks[stop]))  # where the chunk that would be cut begins
+        segments.append(np.arange(start, stop))
+        start = stop
+    return segments
+
+
+def _chunks(prompt: Prompt, method: GemFilter) -> np.ndarray:
+    """int [S], the number of each token's chunk; chunks begin anew at the document's first and past its last token."""
+    rows = np.arange(len(prompt))
+    within = (rows >= prompt.head).astype(int) + (rows >= len(prompt) - prompt.tail)
+    pieces = np.stack([within, prompt.sentences if method.sentences else within])
+    begins = np.flatnonzero(np.diff(pieces, axis=1, prepend=-1).any(axis=0))
+    sizes = np.diff(begins, append=len(prompt))
+    parts = -(-sizes // method.chunk)  # a piece longer than a chunk is cut into so many
+    lengths = -(-sizes // parts) if method.sentences else np.full_like(sizes, method.chunk)
+    piece = np.repeat(np.arange(len(begins)), sizes)
+    return np.cumsum(np.append(0, parts))[piece] + (rows - begins[piece]) // lengths[piece]
 
 
 def _best_of_whole(
@@ -167,10 +191,11 @@ def _kept(
 ) -> list[np.ndarray]:
     """The kept ones of each prompt's candidates, whose scores are [B, S]."""
     always = np.zeros(scores.shape, bool)
-    slots = np.zeros(scores.shape, np.int32)
+    chunks = np.zeros(scores.shape, np.int32)
     for row, (prompt, rows) in enumerate(zip(prompts, candidates, strict=True)):
         always[row, : len(rows)] = prompt.required[rows] & required
-        slots[row, : len(rows)] = selection.chunk_slots(rows, prompt.head, method.chunk)
+        chunks[row, : len(rows)] = _chunks(prompt, method)[rows]
+        chunks[row, len(rows) :] = len(prompt)
     kept = _select(
         scores,
         np.array([len(rows) for rows in candidates], np.int32),
@@ -179,8 +204,7 @@ def _kept(
         required=always,
         pooling=method.pooling,
         kernel=method.kernel,
-        chunk=method.chunk,
-        slots=slots,
+        chunks=chunks if method.chunk > 1 else None,
     )
     indices, counts = np.asarray(kept.indices), np.asarray(kept.lengths)
     return [rows[indices[row, : counts[row]]] for row, rows in enumerate(candidates)]

@@ -24,7 +24,9 @@ class GemFilter:
       window: W, observation rows at the end of the prompt.
       normalisation: see `scoring.score_keys`; prompts cut into segments are scored with "sink" in place of "softmax".
       head_weights: one weight for each query head, or None for all heads alike.
-      pooling, kernel: neighbours pooled before ranking. chunk: P, tokens ranked and kept together.
+      pooling, kernel: neighbours pooled before ranking.
+      chunk: P, at most so many tokens are ranked and kept together.
+      sentences: chunks are whole sentences, of which those beyond P tokens are cut evenly; else P tokens each.
       keep_required: always keep the template's head, the question and the assistant header.
       positions: rotary positions of the kept tokens in stage 2: "compact" (0..K-1, as published) or "original".
     """
@@ -36,7 +38,8 @@ class GemFilter:
     head_weights: tuple[float, ...] | None = None
     pooling: Pooling = "max"
     kernel: int = 9
-    chunk: int = 32
+    chunk: int = 64
+    sentences: bool = True
     keep_required: bool = True
     positions: Literal["compact", "original"] = "compact"
 
@@ -51,6 +54,7 @@ class GemFilter:
             pooling="mean",
             kernel=5,
             chunk=1,
+            sentences=False,
             keep_required=False,
         )
 

@@ -1,6 +1,7 @@
 """Text to tokens: the chat template around a document and a question, and what of it must always be kept."""
 
 import dataclasses
+import re
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -10,6 +11,8 @@ from gemfilter_jax.errors import UserError
 _SENTINEL = "\u2063content\u2063"  # stands for the message while the template is rendered; in no template
 MESSAGE_FORMAT = "<text>\n{text}\n</text>\n\nAnswer from the text above: {question}"
 """How a document and a question become one message; see BUILD.md for what else was tried."""
+
+_SENTENCE_END = re.compile(r"""[.!?]["'”’)\]]*(?=\s)|[。！？]|\n(?=\s*\n)""")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +42,12 @@ class Prompt:
         """bool [S], tokens that are always kept."""
         positions = np.arange(len(self))
         return (positions < self.head) | (positions >= len(self) - self.tail)
+
+    @property
+    def sentences(self) -> np.ndarray:
+        """int [S], the number of the sentence that each token begins in; blank lines end sentences too."""
+        ends = [match.end() for match in _SENTENCE_END.finditer(self.text)]
+        return np.searchsorted(ends, self.offsets[:, 0], side="right")
 
     def spans(self, indices: np.ndarray) -> list[tuple[int, int]]:
         """Character ranges of `text` that the tokens at increasing `indices` cover, neighbours merged."""

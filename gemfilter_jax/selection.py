@@ -1,11 +1,11 @@
 """From scores to the kept tokens: pooling, chunks, required tokens, top-k in prompt order."""
 
 import dataclasses
+import functools
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 Pooling = Literal["none", "mean", "max"]
 
@@ -39,42 +39,31 @@ def pool(scores: jax.Array, kind: Pooling, kernel: int) -> jax.Array:
     return pooled / kernel if kind == "mean" else pooled
 
 
-def chunk_slots(places: np.ndarray, start: int, chunk: int) -> np.ndarray:
-    """Slots that lay the chunks of a row side by side, for `chunk_scores`; on the host.
-
-    Args:
-      places: increasing int [N], where the row's tokens stand in their prompt; some of the prompt may be missing.
-      start: where in the prompt chunks begin to be counted off. chunk: P.
-
-    Returns:
-      int [N], increasing: token i is the (slot mod P)-th of the (slot div P)-th chunk that has a token here.
-    """
-    numbers, within = np.divmod(places - start, chunk)
-    _, ranks = np.unique(numbers, return_inverse=True)
-    return ranks * chunk + within
-
-
-def chunk_scores(scores: jax.Array, counted: jax.Array, slots: jax.Array, chunk: int) -> jax.Array:
+def chunk_scores(scores: jax.Array, counted: jax.Array, chunks: jax.Array) -> jax.Array:
     """Give each token the score of its chunk: the mean of the chunk's best tokens.
 
     Args:
       scores: float32 [B, S]. counted: bool [B, S], tokens that take part.
-      slots: int [B, S], see `chunk_slots`; at most 4 chunks more than S // P.
-      chunk: P, tokens in a chunk.
+      chunks: int [B, S], the number of each token's chunk, never falling along a row.
 
     Returns:
       float32 [B, S]; -inf where no token of the chunk takes part.
     """
-    batch, length = scores.shape
-    chunks = length // chunk + 4  # cut ones: at the prompt's start, the document's start, its end, and by a budget
-    rows = jnp.arange(batch)[:, None]
-    laid_out = jnp.full((batch, chunks * chunk), -jnp.inf)
-    laid_out = laid_out.at[rows, jnp.where(counted, slots, chunks * chunk)].set(scores, mode="drop")
-    best, _ = jax.lax.top_k(laid_out.reshape(batch, chunks, chunk), min(_BEST_OF_CHUNK, chunk))
-    present = best > -jnp.inf
-    total = jnp.where(present, best, 0.0).sum(axis=-1)
-    means = jnp.where(present.any(axis=-1), total / jnp.maximum(present.sum(axis=-1), 1), -jnp.inf)
-    return jnp.take_along_axis(means, jnp.clip(slots // chunk, 0, chunks - 1), axis=1)
+    length = scores.shape[1]
+    columns = jnp.arange(length)
+    # Sorting by chunk, then score, moves tokens within their chunk only, so that column i stays in token i's chunk.
+    _, falling = jax.lax.sort((chunks, jnp.where(counted, -scores, jnp.inf)), num_keys=2)
+    begins = jnp.concatenate([jnp.ones_like(counted[:, :1]), chunks[:, 1:] != chunks[:, :-1]], axis=1)
+    rank = columns - jax.lax.cummax(jnp.where(begins, columns, 0), axis=1)
+    taken = (rank < _BEST_OF_CHUNK) & (falling < jnp.inf)
+    number = jnp.cumsum(begins, axis=1) - 1
+
+    def per_chunk(values: jax.Array) -> jax.Array:
+        totals = jax.vmap(functools.partial(jax.ops.segment_sum, num_segments=length))(values, number)
+        return jnp.take_along_axis(totals, number, axis=1)
+
+    count = per_chunk(taken.astype(jnp.float32))
+    return jnp.where(count > 0, per_chunk(jnp.where(taken, -falling, 0.0)) / jnp.maximum(count, 1), -jnp.inf)
 
 
 def select(
@@ -86,8 +75,7 @@ def select(
     required: jax.Array | None = None,
     pooling: Pooling = "none",
     kernel: int = 1,
-    chunk: int = 1,
-    slots: jax.Array | None = None,
+    chunks: jax.Array | None = None,
 ) -> Selection:
     """Keep the best tokens of each row.
 
@@ -99,18 +87,17 @@ def select(
       scores: float32 [B, S]. lengths: int [B].
       keep: K or fewer, may be traced. capacity: K, the width of the result.
       required: bool [B, S]. pooling, kernel: see `pool`.
-      chunk: P; above 1, whole chunks are ranked and only the last one kept may be cut.
-      slots: int [B, S], see `chunk_slots`; chunks are counted off from the row's first token if None.
+      chunks: int [B, S], see `chunk_scores`; whole chunks are ranked and only the last one kept may be cut. None ranks
+        tokens.
     """
     with jax.named_scope("selection"):
-        batch, length = scores.shape
+        length = scores.shape[1]
         real = jnp.arange(length) < lengths[:, None]
         free = real if required is None else real & ~required
         neutral = 0.0 if pooling == "mean" else -jnp.inf
         ranked = pool(jnp.where(free, scores, neutral), pooling, kernel)
-        if chunk > 1:
-            slots = jnp.broadcast_to(jnp.arange(length), (batch, length)) if slots is None else slots
-            ranked = chunk_scores(ranked, free, slots, chunk)
+        if chunks is not None:
+            ranked = chunk_scores(ranked, free, chunks)
         # Free tokens stay finite, so that they rank below every required token and above all padding.
         limits = jnp.finfo(jnp.float32)
         ranked = jnp.clip(jnp.where(jnp.isnan(ranked), limits.min, ranked), limits.min, limits.max)

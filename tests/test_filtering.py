@@ -10,9 +10,11 @@ import tiny
 from gemfilter_jax import filtering
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.methods import GemFilter
+from gemfilter_jax.prompts import Prompt
 
 _HEAD, _TAIL, _CHUNK = 7, 10, 8  # so that a segment holds part of a chunk more than its whole ones
-_DEFAULT = GemFilter(filter_layer=2, keep=64, window=16, pooling="none", kernel=1, chunk=_CHUNK)
+_SEGMENT = tiny.CONTEXT // 4
+_DEFAULT = GemFilter(filter_layer=2, keep=64, window=16, pooling="none", kernel=1, chunk=_CHUNK, sentences=False)
 _PAPER = GemFilter.paper(filter_layer=2, keep=64)
 
 
@@ -97,16 +99,17 @@ def test_segments_are_whole_chunks_between_head_and_tail(monkeypatch):
 
     monkeypatch.setattr(filtering, "_scores", record)
     prompt = tiny.prompt_of(np.arange(1000, dtype=np.int32), _HEAD, _TAIL)
-    filtering.keep_tokens(tiny.decoder(), [prompt], _DEFAULT)
+    method = dataclasses.replace(_DEFAULT, keep=40)
+    filtering.keep_tokens(tiny.decoder(), [prompt], method)
     *segments, last = passes
     document = [segment[_HEAD:-_TAIL] for segment in segments]
     np.testing.assert_array_equal(np.concatenate(document), np.arange(_HEAD, 1000 - _TAIL))
     assert all((part[0] - _HEAD) % _CHUNK == 0 for part in document)
     for ids in passes:
-        assert len(ids) <= tiny.CONTEXT // 2
+        assert len(ids) <= _SEGMENT
         np.testing.assert_array_equal(ids[:_HEAD], np.arange(_HEAD))
         np.testing.assert_array_equal(ids[-_TAIL:], np.arange(1000 - _TAIL, 1000))
-    assert len(last) > _DEFAULT.keep
+    assert len(last) > method.keep
 
 
 def _ranked_chunks(score_of_token: dict[int, float], document: int, ranks: np.ndarray):
@@ -137,6 +140,38 @@ def test_chunks_stay_whole_through_the_rounds(score_of_token):
     np.testing.assert_array_equal(np.unique(document // _CHUNK), np.sort(want))
 
 
+class TestChunks:
+    TEXT = "One two. Three four five? six\n\nseven eight nine ten eleven."
+    WORDS = ((0, 3), (3, 7), (7, 8), (8, 14), (14, 19), (19, 24), (24, 25), (25, 29), (29, 31), (31, 36), (36, 42),
+             (42, 47), (47, 51), (51, 58), (58, 59))  # fmt: skip
+    SENTENCES = (0, 0, 0, 1, 1, 1, 1, 2, 2, 3, 3, 3, 3, 3, 3)
+
+    def prompt(self, head: int, tail: int) -> Prompt:
+        outside = [(0, 0)]
+        offsets = np.array(outside * head + list(self.WORDS) + [(len(self.TEXT), len(self.TEXT))] * tail)
+        return Prompt(self.TEXT, np.zeros(len(offsets), np.int32), offsets, head, tail)
+
+    def test_sentences(self):
+        assert self.prompt(2, 3).sentences[2:-3].tolist() == list(self.SENTENCES)
+
+    @pytest.mark.parametrize(
+        ("sentences", "chunk", "document"),
+        [
+            (True, 64, SENTENCES),
+            (True, 4, (0, 0, 0, 1, 1, 1, 1, 2, 2, 3, 3, 3, 4, 4, 4)),  # the last one of 6 in halves, not 4 and 2
+            (False, 4, (0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3)),
+        ],
+    )
+    def test_chunks_never_reach_out_of_the_document(self, sentences, chunk, document):
+        method = dataclasses.replace(_DEFAULT, chunk=chunk, sentences=sentences)
+        chunks = filtering._chunks(self.prompt(2, 3), method)
+        assert (np.diff(chunks) >= 0).all()
+        first = chunks[2]
+        assert (chunks[2:-3] - first).tolist() == list(document)
+        assert chunks[1] < first
+        assert chunks[-3] > chunks[-4]
+
+
 def test_one_great_token_is_found_in_any_segment(score_of_token):
     prompt = tiny.prompt_of(np.arange(1500, dtype=np.int32), _HEAD, _TAIL)
     for place in range(_HEAD, len(prompt) - _TAIL, 97):
@@ -155,7 +190,7 @@ def test_progress_grows_to_one_total(lengths):
     reads, totals = zip(*told, strict=True)
     assert all(before < after for before, after in itertools.pairwise(reads))
     assert set(totals) == {reads[-1]}
-    room = (tiny.CONTEXT // 2 - _HEAD - _TAIL) // _CHUNK * _CHUNK
+    room = (_SEGMENT - _HEAD - _TAIL) // _CHUNK * _CHUNK
     assert len(told) > sum(length // room for length in lengths if length > tiny.CONTEXT)
 
 
@@ -170,7 +205,7 @@ def test_progress_grows_to_one_total(lengths):
         pytest.param({"chunk": 0}, 300, _HEAD, "chunk is 0.* at least 1", id="empty chunks"),
         pytest.param({"head_weights": (1.0,)}, 90, _HEAD, "1 head weights .* 4 query heads", id="head weights"),
         pytest.param({"keep": 16}, 90, _HEAD, "keep is 16, .* question alone are 17 tokens", id="keep too little"),
-        pytest.param({"keep": 200}, 300, 112, "take 122 tokens.* no room .* of 128 tokens", id="long question"),
+        pytest.param({"keep": 200}, 300, 112, "take 122 tokens.* no room .* of 64 tokens", id="long question"),
         pytest.param({"positions": "original"}, 300, _HEAD, "original positions .* 256.* 300", id="positions"),
     ],
 )

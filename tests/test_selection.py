@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemfilter_jax.scoring import score_keys
-from gemfilter_jax.selection import chunk_scores, chunk_slots, pool, select
+from gemfilter_jax.selection import chunk_scores, pool, select
 
 _GOLDEN = Path(__file__).parent / "golden" / "official_selection.npz"
 _WIDTH = 24  # one width for all examples, so that each rule compiles once
@@ -26,14 +26,14 @@ _RULES = {
     "mean pool, then chunks": {"pooling": "mean", "kernel": 4, "chunk": 6},
 }
 
-_select = jax.jit(select, static_argnames=("capacity", "pooling", "kernel", "chunk"))
-_chunk_scores = jax.jit(chunk_scores, static_argnames=("chunk",))
+_select = jax.jit(select, static_argnames=("capacity", "pooling", "kernel"))
+_chunk_scores = jax.jit(chunk_scores)
 _score_keys = jax.jit(score_keys, static_argnames=("normalisation",))
 _reproducible = settings(deadline=None, max_examples=60, derandomize=True)
 
 
-def _slots(starts: np.ndarray, width: int, chunk: int) -> np.ndarray:
-    return np.stack([chunk_slots(np.arange(width), int(start), chunk) for start in starts])
+def _chunks(starts: np.ndarray, width: int, chunk: int) -> np.ndarray:
+    return ((np.arange(width) - starts[:, None]) // chunk).astype(np.int32)
 
 
 def _pooled(scores: list[float], kind: str, kernel: int) -> list[float]:
@@ -76,8 +76,14 @@ def _kept(selection, row: int) -> list[int]:
 
 def _selected(case, rule):
     scores, lengths, required, starts, keep = case
-    slots = _slots(starts, _WIDTH, rule.get("chunk", 1))
-    return _select(scores, lengths, keep=keep, capacity=_WIDTH, required=required, slots=slots, **rule)
+    pooling, chunks = _arguments(rule, starts)
+    return _select(scores, lengths, keep=keep, capacity=_WIDTH, required=required, chunks=chunks, **pooling)
+
+
+def _arguments(rule, starts):
+    """The rule's pooling, and its chunks counted off from `starts`."""
+    pooling = {name: value for name, value in rule.items() if name != "chunk"}
+    return pooling, _chunks(starts, _WIDTH, rule["chunk"]) if "chunk" in rule else None
 
 
 @st.composite
@@ -131,7 +137,7 @@ def test_chunk_scores_equal_the_reference(chunk):
     scores = rng.normal(size=(3, 40)).astype(np.float32)
     counted = rng.uniform(size=(3, 40)) < 0.8
     starts = np.array([0, 3, 11])
-    given_scores = np.asarray(_chunk_scores(scores, counted, _slots(starts, 40, chunk), chunk=chunk))
+    given_scores = np.asarray(_chunk_scores(scores, counted, _chunks(starts, 40, chunk)))
     for row in range(3):
         members = np.flatnonzero(counted[row])
         want = _chunked(scores[row].tolist(), members.tolist(), int(starts[row]), chunk)
@@ -140,22 +146,8 @@ def test_chunk_scores_equal_the_reference(chunk):
 
 def test_a_chunk_without_a_counted_token_scores_minus_infinity():
     counted = np.arange(12)[None] >= 4
-    scores = _chunk_scores(np.ones((1, 12), np.float32), counted, np.arange(12)[None], chunk=4)
+    scores = _chunk_scores(np.ones((1, 12), np.float32), counted, np.arange(12)[None] // 4)
     np.testing.assert_array_equal(scores[0], [-np.inf] * 4 + [1.0] * 8)
-
-
-@_reproducible
-@given(
-    places=st.sets(st.integers(0, 99), min_size=1, max_size=40).map(sorted),
-    start=st.integers(0, 30),
-    chunk=st.integers(1, 12),
-)
-def test_chunk_slots_keep_the_prompts_chunks_apart(places, start, chunk):
-    """What is left of a prompt forms the chunks that it formed in the prompt, without empty ones between them."""
-    slots = chunk_slots(np.array(places), start, chunk)
-    numbers = [(place - start) // chunk for place in places]
-    np.testing.assert_array_equal(slots // chunk, [sorted(set(numbers)).index(number) for number in numbers])
-    np.testing.assert_array_equal(slots % chunk, [(place - start) % chunk for place in places])
 
 
 @_every_rule
@@ -205,7 +197,9 @@ def test_only_one_chunk_is_cut_and_only_at_its_end(rule, case):
 
 @_every_rule
 def test_ties_go_to_the_earlier_token(rule):
-    kept = _select(np.full((1, _WIDTH), 7.0, np.float32), np.array([20]), keep=9, capacity=_WIDTH, **rule)
+    pooling, chunks = _arguments(rule, np.zeros(1, int))
+    scores = np.full((1, _WIDTH), 7.0, np.float32)
+    kept = _select(scores, np.array([20]), keep=9, capacity=_WIDTH, chunks=chunks, **pooling)
     want = [2, 3, 4, 5, 6, 7, 8, 9, 10] if rule == _RULES["mean pool"] else list(range(9))
     assert _kept(kept, 0) == want
 
@@ -222,7 +216,8 @@ def test_scores_of_required_tokens_reach_no_neighbour():
     scores[0, [0, 12]] = [100.0, 1.0]
     required = np.arange(_WIDTH)[None] == 0
     for rule in ({"pooling": "max", "kernel": 3}, {"pooling": "mean", "kernel": 3}, {"chunk": 4}):
-        kept = _select(scores, np.array([_WIDTH]), keep=4, capacity=_WIDTH, required=required, **rule)
+        pooling, chunks = _arguments(rule, np.zeros(1, int))
+        kept = _select(scores, np.array([_WIDTH]), keep=4, capacity=_WIDTH, required=required, chunks=chunks, **pooling)
         assert 12 in _kept(kept, 0)
         assert 1 not in _kept(kept, 0)
 
@@ -232,8 +227,9 @@ def test_a_traced_keep_equals_a_static_one(rule):
     keep = 7
     scores = np.random.default_rng(0).normal(size=(2, _WIDTH)).astype(np.float32)
     lengths = np.array([_WIDTH, 11])
-    static = jax.jit(functools.partial(select, keep=keep, capacity=keep, **rule))(scores, lengths)
-    traced = _select(scores, lengths, keep=jnp.int32(keep), capacity=_WIDTH, **rule)
+    pooling, chunks = _arguments(rule, np.zeros(2, int))
+    static = jax.jit(functools.partial(select, keep=keep, capacity=keep, **pooling))(scores, lengths, chunks=chunks)
+    traced = _select(scores, lengths, keep=jnp.int32(keep), capacity=_WIDTH, chunks=chunks, **pooling)
     np.testing.assert_array_equal(static.lengths, traced.lengths)
     for row, count in enumerate(traced.lengths.tolist()):
         np.testing.assert_array_equal(static.indices[row, :count], traced.indices[row, :count])
