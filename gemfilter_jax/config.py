@@ -4,7 +4,6 @@ A field that changes the numbers and is not understood is an error here, never a
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,7 +34,42 @@ class FactorRope:
     factors: tuple[float, ...]
 
 
-RopeScaling = Llama3Rope | LinearRope | FactorRope
+@dataclasses.dataclass(frozen=True)
+class LongRope:
+    """Rotary scaling by one of two tables (Phi-3 128K, 3.5 and 4; LongRoPE, arXiv 2402.13753).
+
+    Frequency i is divided by `short_factors[i]` in sequences of up to `original_context` tokens, by `long_factors[i]`
+    in longer ones; cosines and sines are multiplied by `attention_scaling` in both.
+    """
+
+    short_factors: tuple[float, ...]
+    long_factors: tuple[float, ...]
+    original_context: int
+    attention_scaling: float
+
+
+@dataclasses.dataclass(frozen=True)
+class YarnRope:
+    """Rotary scaling of long-context Qwen and Ministral (YaRN, arXiv 2309.00071).
+
+    Frequencies that turn fewer than `beta_slow` times in `original_context` tokens are divided by `factor`, those that
+    turn more than `beta_fast` times are kept, between them lies a ramp, whose ends are whole numbers if `truncate`;
+    cosines and sines are multiplied by `attention_scaling`.
+    """
+
+    factor: float
+    original_context: int
+    attention_scaling: float
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+
+_MOST = 2**31 - 1  # of what is counted: programs index with int32
+_SMALLEST, _LARGEST = 2.0**-126, 2.0**127  # of what is measured: programs compute in float32
+_MOST_LAYERS = 10_000  # lists are made of them before there are tensors to hold their number against
+
+RopeScaling = Llama3Rope | LinearRope | FactorRope | LongRope | YarnRope
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +80,11 @@ class ModelConfig:
       family: architecture name as Hugging Face's `model_type` spells it.
       layers: L. width: D. heads: H. kv_heads: G. head_width: E. mlp_width: F. vocab: V.
       context: the longest prompt plus answer, in tokens, that the model was trained for.
+      rotary_width: how much of a head is rotated, from its start; None for all of it.
+      sliding_windows: for each layer how many keys a query sees, its own included, or None for all; None if every
+        layer sees all.
+      attention_bias: of the query, key and value products. output_bias: of the product after attention.
+      qk_norm: each head of queries and keys is normalised before it is rotated.
       activation: name of the MLP's gate activation, see `models.decoder.ACTIVATIONS`.
     """
 
@@ -61,9 +100,13 @@ class ModelConfig:
     rms_eps: float
     rope_theta: float
     rope_scaling: RopeScaling | None = None
+    rotary_width: int | None = None
+    sliding_windows: tuple[int | None, ...] | None = None
     tie_embeddings: bool = False
     attention_bias: bool = False
+    output_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: bool = False
     activation: str = "silu"
 
     def __post_init__(self) -> None:
@@ -71,13 +114,41 @@ class ModelConfig:
             raise UserError(
                 f"model config: {self.heads} query heads cannot share {self.kv_heads} key/value heads evenly"
             )
-        if self.head_width % 2:
-            raise UserError(f"model config: head width {self.head_width} is odd, rotary embedding needs an even one")
-        if isinstance(self.rope_scaling, FactorRope) and len(self.rope_scaling.factors) != self.head_width // 2:
-            raise UserError(
-                f"model config: {len(self.rope_scaling.factors)} rope factors, expected {self.head_width // 2}, "
-                f"half the head width"
-            )
+        if self.rotated < 2 or self.rotated % 2:
+            raise UserError(f"model config: {self.rotated} of a head are rotated, which must be an even number above 0")
+        if self.rotated > self.head_width:
+            raise UserError(f"model config: {self.rotated} of a head are rotated, but it is {self.head_width} wide")
+        if self.sliding_windows is not None and len(self.sliding_windows) != self.layers:
+            raise UserError(f"model config: {len(self.sliding_windows)} sliding windows for {self.layers} layers")
+        match self.rope_scaling:
+            case YarnRope() if self.rope_theta <= 1:
+                raise UserError(f"model config: rope theta {self.rope_theta} with YaRN, which needs one above 1")
+            case Llama3Rope(low_freq_factor=low, high_freq_factor=high) if low >= high:
+                raise UserError(f"model config: low_freq_factor {low} is not below high_freq_factor {high}")
+        for factors in self._factor_tables():
+            if len(factors) != self.rotated // 2:
+                raise UserError(
+                    f"model config: {len(factors)} rope factors, expected {self.rotated // 2}, half of what is rotated"
+                )
+
+    @property
+    def rotated(self) -> int:
+        """How much of a head is rotated."""
+        return self.head_width if self.rotary_width is None else self.rotary_width
+
+    def reach(self, layer: int) -> int:
+        """Tokens that the last row sees in a layer: the layer's sliding window or the context."""
+        window = self.sliding_windows[layer] if self.sliding_windows else None
+        return min(window or self.context, self.context)
+
+    def _factor_tables(self) -> list[tuple[float, ...]]:
+        match self.rope_scaling:
+            case FactorRope(factors):
+                return [factors]
+            case LongRope() as scaling:
+                return [scaling.short_factors, scaling.long_factors]
+            case _:
+                return []
 
 
 def take(fields: Mapping[str, Any], name: str, source: str, default: Any = None) -> Any:
@@ -95,14 +166,24 @@ def take_count(fields: Mapping[str, Any], name: str, source: str, default: int |
     value = take(fields, name, source, default)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UserError(f"{source}: field {name!r} is {value!r}, expected a whole number of at least 1")
+    if value > _MOST:
+        raise UserError(f"{source}: field {name!r} is {value!r}, expected at most {_MOST:,}")
+    return value
+
+
+def take_layers(fields: Mapping[str, Any], name: str, source: str) -> int:
+    """As `take_count`, for a number of layers."""
+    value = take_count(fields, name, source)
+    if value > _MOST_LAYERS:
+        raise UserError(f"{source}: field {name!r} is {value!r}, expected at most {_MOST_LAYERS:,}")
     return value
 
 
 def take_positive(fields: Mapping[str, Any], name: str, source: str, default: float | None = None) -> float:
     """As `take`, for a number above 0."""
     value = take(fields, name, source, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise UserError(f"{source}: field {name!r} is {value!r}, expected a number above 0")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not _SMALLEST <= value <= _LARGEST:
+        raise UserError(f"{source}: field {name!r} is {value!r}, expected a number above 0 within float32's range")
     return float(value)
 
 
@@ -119,3 +200,11 @@ def refuse_unknown(fields: Mapping[str, Any], known: set[str], source: str) -> N
     unknown = sorted(set(fields) - known)
     if unknown:
         raise UserError(f"{source}: unsupported field(s) {', '.join(unknown)}; they may change the model's numbers")
+
+
+def take_numbers(fields: Mapping[str, Any], name: str, source: str) -> tuple[float, ...]:
+    """A field that is a list of numbers above 0."""
+    values = take(fields, name, source)
+    if not isinstance(values, list):
+        raise UserError(f"{source}: field {name!r} is {values!r}, expected a list of numbers")
+    return tuple(take_positive({name: value}, name, source) for value in values)

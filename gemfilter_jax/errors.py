@@ -5,5 +5,8 @@ class UserError(ValueError):
     """A mistake in what was asked for.
 
     The message is one line that names what was wrong, what was found and what would be right. Command lines print it
-    without a traceback and exit with status 2.
+    without a traceback and exit with status 2. What cannot be printed, as in names that come from a file, is escaped.
     """
+
+    def __init__(self, message: str):
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))

@@ -8,6 +8,7 @@ import numpy as np
 
 from gemfilter_jax import selection, two_stage
 from gemfilter_jax.buckets import bucket
+from gemfilter_jax.config import ModelConfig
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.methods import GemFilter
 from gemfilter_jax.models.decoder import Decoder
@@ -18,7 +19,7 @@ Progress = Callable[[int, int], None]
 """Told (tokens read, tokens to read) as stage 1 goes on."""
 
 _select = jax.jit(selection.select, static_argnames=("capacity", "pooling", "kernel"))
-_SEGMENTS = 4  # in one context: attention costs less in short segments, the template and question more
+_SEGMENTS = 4  # within reach: attention costs less in short segments, the template and question more
 
 
 def keep_tokens(
@@ -26,24 +27,24 @@ def keep_tokens(
 ) -> list[np.ndarray]:
     """The indices of the tokens that `method` keeps of each prompt, increasing.
 
-    A prompt beyond the model's context is first cut into segments of a quarter of the context, each with the template's
-    head and the question around it; the best tokens of all segments, as many as one segment holds (or `keep`, if that
-    is more), then go through the filter together.
+    A prompt beyond the model's reach (its context, or the filter layer's sliding window) is first cut into segments of
+    a quarter of that, each with the template's head and the question around it; the best tokens of all segments, as
+    many as one segment holds (or `keep`, if that is more), then go through the filter together.
 
     Raises:
       UserError: the method does not fit the model or a prompt.
     """
     for prompt in prompts:
         check(model, prompt, method)
-    context = model.config.context
-    left = [_left_by_segments(context, prompt, method) for prompt in prompts]
+    reach = _reach(model.config, method)
+    left = [_left_by_segments(reach, prompt, method) for prompt in prompts]
     waiting = [row for row, tokens in enumerate(left) if tokens > method.keep]
     count = _Counter(
         progress,
-        sum(left[row] for row in waiting) + sum(len(prompt) for prompt in prompts if len(prompt) > context),
+        sum(left[row] for row in waiting) + sum(len(prompt) for prompt in prompts if len(prompt) > reach),
     )
     kept = [
-        _best_of_segments(model, prompt, method, count) if len(prompt) > context else np.arange(len(prompt))
+        _best_of_segments(model, prompt, method, count) if len(prompt) > reach else np.arange(len(prompt))
         for prompt in prompts
     ]
     if waiting:
@@ -73,6 +74,10 @@ def check(model: Decoder, prompt: Prompt, method: GemFilter) -> None:
         raise UserError(
             f"filter layer {method.filter_layer} is out of range; the model has layers 0 to {config.layers - 1}"
         )
+    if method.filter_layer >= model.held_layers:
+        raise UserError(
+            f"filter layer {method.filter_layer} is beyond the first {model.held_layers} layers, which alone are loaded"
+        )
     for name in ("keep", "window", "kernel", "chunk"):
         if getattr(method, name) < 1:
             raise UserError(f"{name} is {getattr(method, name)}, expected at least 1 token")
@@ -83,47 +88,52 @@ def check(model: Decoder, prompt: Prompt, method: GemFilter) -> None:
         raise UserError(
             f"keep is {method.keep}, but the template and the question alone are {required} tokens; keep more than that"
         )
-    if len(prompt) > config.context and _document_room(config.context, prompt) < method.chunk:
+    reach = _reach(config, method)
+    if len(prompt) > reach and _document_room(reach, prompt) < method.chunk:
         raise UserError(
             f"the template and the question take {required} tokens, which leaves no room for the document in a "
-            f"segment of {config.context // _SEGMENTS} tokens; ask a shorter question"
+            f"segment of {reach // _SEGMENTS} tokens; ask a shorter question"
         )
-    if len(prompt) > config.context and method.positions == "original":
+    if len(prompt) > reach and method.positions == "original":
         raise UserError(
-            f"original positions need a prompt within the model's context of {config.context} tokens, "
-            f"this one has {len(prompt)}"
+            f"original positions need a prompt within the model's context of {reach} tokens, this one has {len(prompt)}"
         )
 
 
-def _document_room(context: int, prompt: Prompt) -> int:
+def _reach(config: ModelConfig, method: GemFilter) -> int:
+    """The longest prompt that is filtered in one pass: past a sliding window, probabilities would all be zero."""
+    return config.context if method.normalisation == "none" else config.reach(method.filter_layer)
+
+
+def _document_room(reach: int, prompt: Prompt) -> int:
     """Document tokens in a segment."""
-    return context // _SEGMENTS - prompt.head - prompt.tail
+    return reach // _SEGMENTS - prompt.head - prompt.tail
 
 
-def _left_by_segments(context: int, prompt: Prompt, method: GemFilter) -> int:
-    """Tokens of a prompt before its last pass: all of one within the context, else what its segments leave of it."""
-    if len(prompt) <= context:
+def _left_by_segments(reach: int, prompt: Prompt, method: GemFilter) -> int:
+    """Tokens of a prompt before its last pass: all of one within reach, else what its segments leave of it."""
+    if len(prompt) <= reach:
         return len(prompt)
     around = prompt.head + prompt.tail
-    return min(len(prompt), around + max(_document_room(context, prompt), method.keep - around))
+    return min(len(prompt), around + max(_document_room(reach, prompt), method.keep - around))
 
 
 def _best_of_segments(model: Decoder, prompt: Prompt, method: GemFilter, count: _Counter) -> np.ndarray:
-    """The first round of a prompt beyond the context: score every segment, keep what one pass holds."""
-    context = model.config.context
+    """The first round of a prompt beyond reach: score every segment, keep what one pass holds."""
+    reach = _reach(model.config, method)
     rows = np.arange(len(prompt))
     head, tail = rows[: prompt.head], rows[len(rows) - prompt.tail :]
     normalisation: Normalisation = "sink" if method.normalisation == "softmax" else method.normalisation
     scores = []
-    for document in _segments(prompt, method, _document_room(context, prompt)):
+    for document in _segments(prompt, method, _document_room(reach, prompt)):
         segment = np.concatenate([head, document, tail])
-        scored = _scores(model, [prompt.ids[segment]], method, normalisation, width=bucket(context // _SEGMENTS))
+        scored = _scores(model, [prompt.ids[segment]], method, normalisation, width=bucket(reach // _SEGMENTS))
         scores.append(scored[0, prompt.head : len(segment) - prompt.tail])
         count.add(len(document))
     count.add(len(head) + len(tail))
     padded = np.zeros((1, bucket(len(rows))), np.float32)
     padded[0, prompt.head : len(rows) - prompt.tail] = np.concatenate(scores)
-    keep = _left_by_segments(context, prompt, method)
+    keep = _left_by_segments(reach, prompt, method)
     return _kept(padded, [prompt], [rows], method, keep=keep, required=True)[0]
 
 

@@ -9,7 +9,8 @@ import numpy as np
 
 from gemfilter_jax import filtering, two_stage
 from gemfilter_jax.buckets import bucket
-from gemfilter_jax.checkpoints import Checkpoint, load_checkpoint
+from gemfilter_jax.checkpoints import Checkpoint, Opened, load_checkpoint
+from gemfilter_jax.checkpoints.weights import BytesRead
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.filtering import Progress
 from gemfilter_jax.methods import Full, GemFilter, Method
@@ -88,7 +89,7 @@ class Pipeline:
         """The policy of a rule ("default" or "paper") with the preset's values where none are given."""
         if rule not in RULES:
             raise UserError(f"rule {rule!r} is unknown; one of {', '.join(RULES)}")
-        method = self.preset.method(self.checkpoint.model.config, rule)
+        method = self.preset.method(rule)
         given = {"keep": keep, "filter_layer": filter_layer}
         return dataclasses.replace(method, **{name: value for name, value in given.items() if value is not None})
 
@@ -264,18 +265,35 @@ def _kept_text(prompt: Prompt, kept: np.ndarray) -> KeptText:
 
 
 def load(
-    source: str = "smollm2", *, dtype: str = "auto", chat_template: bool = True, message_format: str = MESSAGE_FORMAT
+    source: str | Opened = "smollm2",
+    *,
+    dtype: str = "auto",
+    weights: str = "float",
+    filter_layers: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    preset: Preset | None = None,
+    chat_template: bool = True,
+    message_format: str = MESSAGE_FORMAT,
+    progress: BytesRead | None = None,
 ) -> Pipeline:
     """Load a model for answering questions of long texts.
 
     Args:
       source: a model folder, a .gguf file, a Hugging Face hub id, or "smollm2", the default model.
       dtype: "float32", "bfloat16", or "auto": bfloat16 on accelerators, float32 on CPU.
+      weights: "float", or "int8": matrices as int8, about half the bytes of bfloat16.
+      filter_layers: load only so many layers, which is enough for `select` at a filter layer below that number.
+      mesh: devices to split the weights over; see `sharding.model_mesh`.
+      preset: filter settings; those known for the model if None.
       chat_template: wrap prompts in the tokenizer's chat template, if it has one.
       message_format: see `prompts.encode`.
+      progress: called with (bytes read, bytes to read).
 
     Raises:
       UserError: the model cannot be loaded, with the reason.
     """
-    checkpoint = load_checkpoint(source, dtype)
-    return Pipeline(checkpoint, preset_for(checkpoint.model.config), chat_template, message_format)
+    checkpoint = load_checkpoint(
+        source, dtype, weights=weights, filter_layers=filter_layers, mesh=mesh, progress=progress
+    )
+    preset = preset or preset_for(checkpoint.model.config)
+    return Pipeline(checkpoint, preset, chat_template, message_format)

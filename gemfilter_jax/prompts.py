@@ -81,7 +81,7 @@ def encode(
         question.
 
     Raises:
-      UserError: the text is empty, or the message format lacks a place for the text or the question.
+      UserError: the text is empty or makes no tokens, or the message format lacks a place for the text or the question.
     """
     if not text.strip():
         raise UserError("the prompt is empty; give some text")
@@ -90,10 +90,18 @@ def encode(
     if question is not None:
         message_head, message_tail = _message_around(message_format, question)
         before, after = before + message_head, message_tail + after
+    whole = f"{before}{text}{after}"
     encoded = tokenizer(
-        f"{before}{text}{after}", add_special_tokens=not use_template, return_offsets_mapping=True, verbose=False
+        whole,
+        add_special_tokens=not use_template,
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
+        verbose=False,
     )
-    offsets = _without_gaps(np.asarray(encoded["offset_mapping"], np.int64))
+    added = np.asarray(encoded["special_tokens_mask"], np.bool)
+    if added.all():
+        raise UserError("the prompt is empty: the tokenizer knows none of its characters")
+    offsets = _without_gaps(np.asarray(encoded["offset_mapping"], np.int64), added, len(whole))
     first, last = len(before), len(before) + len(text)
     inside = (offsets[:, 0] >= first) & (offsets[:, 1] <= last) & (offsets[:, 1] > offsets[:, 0])
     places = np.flatnonzero(inside)
@@ -118,15 +126,28 @@ def _message_around(message_format: str, question: str) -> tuple[str, str]:
 def _template_around(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     """What the chat template puts before and after a user's message, the assistant header included."""
     message = [{"role": "user", "content": _SENTINEL}]
-    rendered = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    before, found, after = str(rendered).partition(_SENTINEL)
-    if not found:
-        raise UserError("the tokenizer's chat template does not contain the user's message; turn it off")
-    return before, after
+    try:
+        rendered = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # a template is a program of its own, with errors of its own
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise UserError(f"the tokenizer's chat template fails ({reason}); turn it off") from error
+    before, *after = rendered.split(_SENTINEL)
+    if len(after) != 1:
+        raise UserError(
+            f"the tokenizer's chat template holds the user's message {len(after)} times, expected once; turn it off"
+        )
+    return before, after[0]
 
 
-def _without_gaps(offsets: np.ndarray) -> np.ndarray:
-    """Let each token begin where the one before it ended: some tokenizers leave spaces out of their offsets."""
-    ends = np.maximum.accumulate(offsets[:, 1])
-    starts = np.minimum(np.maximum.accumulate(offsets[:, 0]), np.concatenate([[0], ends[:-1]]))
-    return np.stack([starts, ends], axis=1)
+def _without_gaps(offsets: np.ndarray, added: np.ndarray, length: int) -> np.ndarray:
+    """Let each token begin where the one before it ended, and the last end where the text does.
+
+    Some tokenizers leave spaces, or marks that they compose with the letter before, out of their offsets. Tokens that
+    the tokenizer `added` itself (bool [S]) stand for no text and are left out.
+    """
+    ends = np.maximum.accumulate(offsets[~added, 1])
+    ends[-1:] = length
+    starts = np.minimum(np.maximum.accumulate(offsets[~added, 0]), np.concatenate([[0], ends[:-1]]))
+    joined = np.zeros_like(offsets)
+    joined[~added] = np.stack([starts, ends], axis=1)
+    return joined

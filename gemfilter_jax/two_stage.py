@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from gemfilter_jax import sampling as sampling_lib
+from gemfilter_jax.config import LongRope
 from gemfilter_jax.kv_cache import KVCache
 from gemfilter_jax.models.decoder import Decoder
 from gemfilter_jax.sampling import Sampling
@@ -53,6 +54,7 @@ class DecodeState:
       stopped: bool [B], rows that met an end token.
       last: int32 [B], the token to feed next. positions: int32 [B], its rotary position.
       cache: keys and values of the prompt and of all tokens fed so far.
+      prompt, prompt_positions: int32 [B, K], the prompt and its rotary positions.
       keys: random keys [B], one a row, folded with the row's own count of tokens.
       limit: int32, new tokens at most, T or fewer.
       stop_tokens: int32 [N], any of which ends a row.
@@ -65,6 +67,8 @@ class DecodeState:
     last: jax.Array
     positions: jax.Array
     cache: KVCache
+    prompt: jax.Array
+    prompt_positions: jax.Array
     keys: jax.Array
     limit: jax.Array
     stop_tokens: jax.Array
@@ -106,6 +110,8 @@ def begin(
             last=jnp.zeros((batch,), jnp.int32),
             positions=jnp.take_along_axis(positions, (lengths - 1)[:, None], axis=1)[:, 0],
             cache=cache,
+            prompt=ids,
+            prompt_positions=positions,
             keys=jax.vmap(jax.random.key)(seeds),
             limit=jnp.asarray(limit, jnp.int32),
             stop_tokens=stop_tokens,
@@ -134,9 +140,41 @@ def _take(state: DecodeState, logits: jax.Array) -> DecodeState:
 def _step(model: Decoder, state: DecodeState) -> DecodeState:
     with jax.named_scope("decode"):
         running = state.running
-        logits, cache = model.decode(state.last, state.positions, state.cache)
+        logits, cache = _fed(model, state)
         cache = cache.advanced_to(jnp.where(running, cache.lengths, state.cache.lengths))
         return _take(dataclasses.replace(state, cache=cache), logits)
+
+
+def _fed(model: Decoder, state: DecodeState) -> tuple[jax.Array, KVCache]:
+    """Logits [B, V] after each row's last token, and the grown cache.
+
+    A row that grows past `LongRope`'s original context is read again from its start with the other table, as Hugging
+    Face's Phi-3 does.
+    """
+    scaling = model.config.rope_scaling
+
+    def feed() -> tuple[jax.Array, KVCache]:
+        return model.decode(state.last, state.positions, state.cache)
+
+    def read_again() -> tuple[jax.Array, KVCache]:
+        return model.prefill(*_sequence(state), state.cache)
+
+    if not isinstance(scaling, LongRope):
+        return feed()
+    crossing = state.running & (state.positions == scaling.original_context)
+    return jax.lax.cond(crossing.any(), read_again, feed)
+
+
+def _sequence(state: DecodeState) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Prompt and new tokens of each row in one: ids [B, K + T], lengths [B], rotary positions [B, K + T]."""
+    lengths = state.cache.lengths + 1  # the last token is not in the cache yet
+    new = jnp.arange(state.prompt.shape[1] + state.tokens.shape[1]) - (lengths - state.lengths)[:, None]
+    columns = jnp.clip(new, 0, state.tokens.shape[1] - 1)
+    tail = ((0, 0), (0, state.tokens.shape[1]))
+    ids = jnp.where(new < 0, jnp.pad(state.prompt, tail), jnp.take_along_axis(state.tokens, columns, axis=1))
+    first = (state.positions - state.lengths + 1)[:, None]
+    positions = jnp.where(new < 0, jnp.pad(state.prompt_positions, tail), first + new)
+    return ids, lengths, positions
 
 
 @functools.partial(jax.jit, donate_argnames=("state",))

@@ -7,6 +7,9 @@ import pathlib
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from gemfilter_jax.checkpoints.weights import Loading
+
+FLOAT32 = Loading(np.dtype("float32"))
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 

@@ -38,13 +38,18 @@ def _numpy(*arrays: jax.Array) -> list[np.ndarray]:
     return [np.asarray(x.astype(jnp.float32)) for x in arrays]
 
 
-def _check_causal(q: jax.Array, k: jax.Array, v: jax.Array, lengths: tuple[int, ...], tolerance: float) -> None:
-    out = _causal(q, k, v, lengths=jnp.asarray(lengths, jnp.int32))
+def _check_causal(
+    q: jax.Array, k: jax.Array, v: jax.Array, lengths: tuple[int, ...], tolerance: float, window: int | None = None
+) -> None:
+    out = _causal(q, k, v, lengths=jnp.asarray(lengths, jnp.int32), window=window)
     assert out.dtype == q.dtype
     assert jnp.isfinite(out).all()
     q, k, v, out = _numpy(q, k, v, out)
     for row, length in enumerate(lengths):
-        want = _attend(q[row, :length], k[row, :length], v[row, :length], np.tri(length, dtype=bool))
+        visible = np.tri(length, dtype=bool)
+        if window is not None:
+            visible &= ~np.tri(length, k=-window, dtype=bool)
+        want = _attend(q[row, :length], k[row, :length], v[row, :length], visible)
         assert np.abs(out[row, :length] - want).max() < tolerance
 
 
@@ -66,6 +71,13 @@ def test_causal_equals_the_reference(lengths, heads, groups, dtype):
     _check_causal(q, k, v, lengths, _TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("window", [1, 100, 512, 513, 1000, 2**30])
+def test_causal_within_a_window(window):
+    """Windows that end inside a block, at its edge, a block or two back, and wider than the prompt."""
+    lengths = (1601, 700)
+    _check_causal(*_random(lengths, 4, 2, "float32"), lengths, _TOLERANCE["float32"], window)
+
+
 def test_causal_survives_large_logits():
     """Whole numbers and E = 16 make the logits, up to thousands, exact in float32: only the softmax can err."""
     lengths = (700, 90)
@@ -76,15 +88,16 @@ def test_causal_survives_large_logits():
 
 
 @pytest.mark.parametrize("dtype", _TOLERANCE)
-@pytest.mark.parametrize(("heads", "groups"), [(4, 2), (4, 1), (3, 3)])
-def test_one_row_equals_the_reference(heads, groups, dtype):
+@pytest.mark.parametrize(("heads", "groups", "window"), [(4, 2, None), (4, 1, 100), (3, 3, 1)])
+def test_one_row_equals_the_reference(heads, groups, window, dtype):
     lengths = (600, 77, 1)
     q, k, v = _random(lengths, heads, groups, dtype, queries=1)
-    out = _one_row(q, k, v, lengths=jnp.asarray(lengths, jnp.int32))
+    out = _one_row(q, k, v, lengths=jnp.asarray(lengths, jnp.int32), window=window)
     assert out.dtype == q.dtype
     q, k, v, out = _numpy(q, k, v, out)
     for row, length in enumerate(lengths):
-        want = _attend(q[row], k[row, :length], v[row, :length], np.ones((1, length), bool))
+        visible = np.arange(length)[None] >= length - (window or length)
+        want = _attend(q[row], k[row, :length], v[row, :length], visible)
         assert np.abs(out[row] - want).max() < _TOLERANCE[dtype]
 
 

@@ -7,8 +7,11 @@ import resource
 import subprocess
 import sys
 
+import gguf_files
 import pytest
+from model_files import GOLDEN, Folder
 
+from gemfilter_jax import pipeline
 from gemfilter_jax.evaluation import needle
 
 QUESTION = "What is the password of the old lighthouse?"
@@ -97,3 +100,17 @@ def test_a_whole_context_is_filtered_within_two_gigabytes(smollm2, tmp_path):
     assert 8_100 < fields["prompt_tokens"] <= 8_192
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     assert peak < 2e9
+
+
+def test_convert_writes_a_model_that_every_command_takes(tmp_path):
+    source = gguf_files.write(tmp_path / "tiny.gguf", Folder.read(GOLDEN / "llama_gqa_tied"))
+    folder = tmp_path / "converted"
+    assert gemfilter("convert", f"--model={source}", f"--output={folder}").stdout == f"{folder}\n"
+    text = "ab12 ab <tool> 2 1 ab12 " * 9
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text(text, encoding="utf-8")
+    shared = ("select", f"--prompt_file={prompt}", "--keep=40", "--filter_layer=1", "--format=json")
+    fields = json.loads(gemfilter(*shared, f"--model={folder}").stdout)
+    original = pipeline.load(str(source))
+    kept, _ = original.select(text, method=original.method(keep=40, filter_layer=1))
+    assert fields["indices"] == list(kept.indices)

@@ -106,3 +106,23 @@ def test_keep_smaller_than_the_question(book):
 def test_filter_layer_out_of_range(book):
     result = gemfilter("select", f"--prompt_file={book}", "--question=Was the harbour quiet?", "--filter_layer=30")
     assert_mistake(result, "filter layer 30", "0 to 29")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ((), ("--output", "new folder")),
+        (("--output=/",), ("--output=/", "exists already")),
+        (("--output=/no/such/folder",), ("--output=", "does not exist")),
+        (("--weights=int4",), ("--weights=int4", "float|int8")),
+    ],
+)
+def test_convert(flags, said):
+    assert_mistake(gemfilter("convert", *flags), *said)
+
+
+def test_preset_that_does_not_fit(book, tmp_path):
+    preset = tmp_path / "preset.json"
+    preset.write_text('{"name": "x", "filter_layer": 99}')
+    result = gemfilter("select", f"--prompt_file={book}", f"--preset={preset}")
+    assert_mistake(result, "preset.json", "'filter_layer' is 99", "0 to 29")

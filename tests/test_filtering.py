@@ -6,10 +6,12 @@ import itertools
 import numpy as np
 import pytest
 import tiny
+from flax import nnx
 
 from gemfilter_jax import filtering
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.methods import GemFilter
+from gemfilter_jax.models.decoder import Decoder
 from gemfilter_jax.prompts import Prompt
 
 _HEAD, _TAIL, _CHUNK = 7, 10, 8  # so that a segment holds part of a chunk more than its whole ones
@@ -45,6 +47,29 @@ def test_a_batch_keeps_what_its_prompts_keep_alone():
     together = filtering.keep_tokens(tiny.decoder(), prompts, _DEFAULT)
     for rows, prompt in zip(together, prompts, strict=True):
         np.testing.assert_array_equal(rows, filtering.keep_tokens(tiny.decoder(), [prompt], _DEFAULT)[0])
+
+
+def test_a_sliding_window_bounds_what_is_filtered_in_one_pass(monkeypatch):
+    """Of a layer that slides; another layer and the rule without softmax see the whole prompt."""
+    config = dataclasses.replace(tiny.CONFIG, sliding_windows=(None, 128, None, None))
+    model, widths = Decoder(config, rngs=nnx.Rngs(0)), []
+    scores = filtering._scores
+
+    def record(model, ids, method, normalisation, *, width):
+        widths.extend(map(len, ids))
+        return scores(model, ids, method, normalisation, width=width)
+
+    monkeypatch.setattr(filtering, "_scores", record)
+    prompt = tiny.prompt_of(tiny.random_ids(250), 2, 3)
+    for method, longest in (
+        (dataclasses.replace(_DEFAULT, filter_layer=1, keep=20), 128 // 4),
+        (dataclasses.replace(_DEFAULT, filter_layer=2, keep=20), 250),
+        (GemFilter.paper(filter_layer=1, keep=20), 250),
+    ):
+        widths.clear()
+        _check_kept(filtering.keep_tokens(model, [prompt], method)[0], prompt, method)
+        assert max(widths) <= longest
+        assert longest < 250 or widths == [250]
 
 
 def test_the_filter_is_not_run_where_everything_is_kept(monkeypatch):

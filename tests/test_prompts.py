@@ -150,8 +150,18 @@ def test_a_bad_message_format_is_refused(message_format):
         _encode(message_format=message_format)
 
 
-def test_a_template_without_the_message_is_refused():
-    tokenizer = _tokenizer(chat_template="<|start|>assistant\n")
-    with pytest.raises(UserError, match="chat template does not contain the user's message"):
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("<|start|>assistant\n", "message 0 times"),
+        ("{{ messages[0]['content'] }}{{ messages[0]['content'] }}", "message 2 times"),
+        ("{{ raise_exception('no users') }}", "no users"),
+        ("{% if %}", "chat template fails"),
+    ],
+)
+def test_a_template_that_does_not_hold_the_message_once_is_refused(template, words):
+    tokenizer = _tokenizer(chat_template=template)
+    with pytest.raises(UserError, match=words) as error:
         encode(tokenizer, _TEXT, _QUESTION, window=4)
+    assert "\n" not in str(error.value)
     assert encode(tokenizer, _TEXT, _QUESTION, window=4, chat_template=False).head > 0

@@ -9,13 +9,19 @@ import jax
 import jax.numpy as jnp
 from transformers import PreTrainedTokenizerBase
 
-from gemfilter_jax.checkpoints import embedded, hub
+from gemfilter_jax.checkpoints import embedded, hub, orbax
 from gemfilter_jax.checkpoints.gguf import GGUFFile
 from gemfilter_jax.checkpoints.huggingface import HuggingFaceFolder
+from gemfilter_jax.checkpoints.orbax import OrbaxFolder
+from gemfilter_jax.checkpoints.weights import BytesRead, Loading
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.models.decoder import Decoder
 
 DTYPES = ("auto", "float32", "bfloat16")
+WEIGHTS = ("float", "int8")
+
+Opened = GGUFFile | HuggingFaceFolder | OrbaxFolder
+"""A model whose config is known and whose weights are still to be read."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,29 +41,54 @@ class Checkpoint:
     stop_tokens: tuple[int, ...]
 
 
-def load_checkpoint(source: str, dtype: str = "auto") -> Checkpoint:
+def load_checkpoint(
+    source: str | Opened,
+    dtype: str = "auto",
+    *,
+    weights: str = "float",
+    filter_layers: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    progress: BytesRead | None = None,
+) -> Checkpoint:
     """Load a model and its tokenizer.
 
     Args:
-      source: a model folder, a .gguf file, a hub id such as "meta-llama/Llama-3.1-8B-Instruct", or "smollm2".
+      source: a model folder, a .gguf file, a hub id such as "meta-llama/Llama-3.1-8B-Instruct", or "smollm2"; or what
+        `open_checkpoint` made of one.
       dtype: "float32", "bfloat16", or "auto": bfloat16 on accelerators, float32 on CPU.
+      weights: "float", or "int8": matrices but the embedding as int8, symmetric, with a float32 scale for each output.
+      filter_layers: load only so many layers and no LM head, enough for stage 1; None for the whole model.
+      mesh: devices to split the weights over; see `sharding`.
+      progress: called with (bytes read, bytes to read).
 
     Raises:
       UserError: nothing loadable is there, with what was found instead.
     """
-    if dtype not in DTYPES:
-        raise UserError(f"dtype {dtype!r} is unknown; one of {', '.join(DTYPES)}")
-    opened = _open(source)
-    weights = jnp.dtype(dtype if dtype != "auto" else "float32" if jax.default_backend() == "cpu" else "bfloat16")
-    return Checkpoint(opened.name, opened.decoder(weights), opened.tokenizer(), opened.stop_tokens())
+    for name, value, known in (("dtype", dtype, DTYPES), ("weights", weights, WEIGHTS)):
+        if value not in known:
+            raise UserError(f"{name} {value!r} is unknown; one of {', '.join(known)}")
+    opened = open_checkpoint(source) if isinstance(source, str) else source
+    layers = opened.config.layers
+    if filter_layers is not None and not 1 <= filter_layers <= layers:
+        raise UserError(f"{filter_layers} layers were asked for; the model has {layers}")
+    loading = Loading(
+        dtype=jnp.dtype(dtype if dtype != "auto" else "float32" if jax.default_backend() == "cpu" else "bfloat16"),
+        int8=weights == "int8",
+        filter_layers=filter_layers,
+        mesh=mesh,
+        progress=progress,
+    )
+    tokenizer, stop_tokens = opened.tokenizer(), opened.stop_tokens()
+    return Checkpoint(opened.name, opened.decoder(loading), tokenizer, stop_tokens)
 
 
-def _open(source: str) -> GGUFFile | HuggingFaceFolder:
+def open_checkpoint(source: str) -> Opened:
+    """Read a model's config, not its weights; see `load_checkpoint`."""
     path = pathlib.Path(source).expanduser()
     if source == embedded.NAME:
         return GGUFFile(embedded.locate())
     if path.is_dir():
-        return HuggingFaceFolder(path)
+        return OrbaxFolder(path) if (path / orbax.MANIFEST).exists() else HuggingFaceFolder(path)
     if path.is_file():
         return GGUFFile(path)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not source.startswith(".") and path.suffix != ".gguf":

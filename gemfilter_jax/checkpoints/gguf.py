@@ -5,66 +5,50 @@ from collections.abc import Mapping
 from typing import Any
 
 import gguf
-import jax
 import numpy as np
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
-from gemfilter_jax.checkpoints.weights import build_decoder, tensor_names
+from gemfilter_jax.checkpoints import gguf_header, gguf_tokenizer
+from gemfilter_jax.checkpoints.weights import Loading, Tensors, build_decoder
 from gemfilter_jax.config import (
     FactorRope,
     LinearRope,
+    LongRope,
     ModelConfig,
     RopeScaling,
+    YarnRope,
     refuse_unknown,
-    take,
     take_count,
+    take_numbers,
     take_positive,
 )
 from gemfilter_jax.errors import UserError
+from gemfilter_jax.models import families
 from gemfilter_jax.models.decoder import Decoder
+from gemfilter_jax.models.hugging_face import longrope_attention_scaling, yarn_attention_scaling
 
-_MAGIC = b"GGUF"
-_ROPE_FACTORS = "rope_freqs.weight"
+# general.architecture, which is also the family. Mistral's models are stored as llama.
+_ARCHITECTURES = {
+    "llama": gguf.MODEL_ARCH.LLAMA,
+    "phi3": gguf.MODEL_ARCH.PHI3,
+    "qwen2": gguf.MODEL_ARCH.QWEN2,
+    "qwen3": gguf.MODEL_ARCH.QWEN3,
+}
 _READ = {
     "block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count",
     "attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.layer_norm_rms_epsilon",
-    "rope.freq_base", "rope.dimension_count", "rope.scaling.type", "rope.scaling.factor", "vocab_size",
+    "attention.sliding_window", "rope.freq_base", "rope.dimension_count", "rope.scaling.type", "rope.scaling.factor",
+    "rope.scaling.original_context_length", "rope.scaling.attn_factor", "rope.scaling.yarn_beta_fast",
+    "rope.scaling.yarn_beta_slow", "rope.scaling.finetuned", "vocab_size",
 }  # fmt: skip
-_CONTROL, _USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type
-
-# How text is split before byte-pair merging, by the metadata's name for it. The Llama 3 pattern is the one in the
-# tokenizer.json that Meta publishes with the model.
-_LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
-    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_SCALINGS = ("none", "linear", "yarn", "longrope")
+_FACTORS, _LONG_FACTORS, _SHORT_FACTORS = (
+    f"{name}.weight" for name in ("rope_freqs", "rope_factors_long", "rope_factors_short")
 )
 
 
-def _split_digits() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-
-
-def _split_llama3() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_LLAMA3_PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-
-
-_PRE_TOKENIZERS = {
-    "smollm": _split_digits,
-    "llama-bpe": _split_llama3,
-    "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
-}
-
-
 class GGUFFile:
-    """An opened GGUF file of the llama architecture.
+    """An opened GGUF file.
 
     Raises:
       UserError: the file is not GGUF, is damaged, or holds an architecture or setting that is not supported.
@@ -72,147 +56,166 @@ class GGUFFile:
 
     def __init__(self, path: pathlib.Path):
         self.path = path
-        with path.open("rb") as file:
-            if file.read(len(_MAGIC)) != _MAGIC:
-                raise UserError(f"{path}: not a GGUF file (it does not begin with {_MAGIC.decode()!r})")
-        try:
-            reader = gguf.GGUFReader(path)
-            self.metadata: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
-            self._tensors = {tensor.name: tensor for tensor in reader.tensors}
-        except Exception as error:  # the reader trusts its input: damage shows as whatever error comes first
-            raise UserError(f"{path}: damaged or truncated GGUF file ({error})") from error
-        self._refuse_unsupported()
+        header = gguf_header.read_header(path)
+        self._metadata, self._tensors = header.metadata, header.tensors
+        self._architecture = self._metadata.get("general.architecture")
+        if not isinstance(self._architecture, str) or self._architecture not in _ARCHITECTURES:
+            raise UserError(
+                f"{path}: architecture {self._architecture!r} is not supported; supported: {', '.join(_ARCHITECTURES)}"
+            )
         self.config = self._config()
 
     @property
     def name(self) -> str:
         """The model's own name for itself."""
-        return str(self.metadata.get("general.name") or self.path.stem)
+        return str(self._metadata.get("general.name") or self.path.stem)
 
-    def decoder(self, dtype: jax.typing.DTypeLike) -> Decoder:
+    def decoder(self, loading: Loading) -> Decoder:
         """The weights, dequantised."""
-        ours = self._names()
-        shapes = {ours.get(name, name): tuple(map(int, t.shape[::-1])) for name, t in self._tensors.items()}
-        shapes.pop(_ROPE_FACTORS, None)
-        theirs = {hf: name for name, hf in ours.items()}
+        return build_decoder(self.config, self.tensors(), loading, source=str(self.path))
 
-        def read(name: str) -> np.ndarray:
-            tensor = self._dequantised(theirs[name])
-            if name.endswith(("q_proj.weight", "q_proj.bias")):
-                return _undo_interleaving(tensor, self.config.heads)
-            if name.endswith(("k_proj.weight", "k_proj.bias")):
-                return _undo_interleaving(tensor, self.config.kv_heads)
-            return tensor
-
-        return build_decoder(self.config, shapes, read, dtype=dtype, source=str(self.path))
+    def tensors(self) -> Tensors:
+        """The weights under their Hugging Face names, dequantised as they are read."""
+        return _Dequantised(self.path, self._tensors, self.config, self._hf_names())
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """A fast tokenizer with the file's chat template."""
-        source = str(self.path)
-        kind = take(self.metadata, "tokenizer.ggml.model", source)
-        if kind != "gpt2":
-            raise UserError(f"{source}: tokenizer model {kind!r} is not supported; supported: gpt2 (byte-level BPE)")
-        split = self.metadata.get("tokenizer.ggml.pre", "gpt-2")
-        if split not in _PRE_TOKENIZERS:
-            raise UserError(
-                f"{source}: pre-tokenizer {split!r} is not supported; supported: {', '.join(_PRE_TOKENIZERS)}"
-            )
-        tokens = take(self.metadata, "tokenizer.ggml.tokens", source)
-        kinds = take(self.metadata, "tokenizer.ggml.token_type", source)
-        merges = [tuple(merge.split(" ", 1)) for merge in take(self.metadata, "tokenizer.ggml.merges", source)]
-        tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
-        tokenizer.pre_tokenizer = _PRE_TOKENIZERS[split]()
-        tokenizer.decoder = decoders.ByteLevel()
-        if len(kinds) != len(tokens):
-            raise UserError(f"{source}: {len(tokens)} tokens but {len(kinds)} token types")
-        special = [AddedToken(tokens[i], special=True, normalized=False) for i, k in enumerate(kinds) if k == _CONTROL]
-        tokenizer.add_special_tokens(special)
-        tokenizer.add_tokens(
-            [AddedToken(tokens[i], normalized=False) for i, k in enumerate(kinds) if k == _USER_DEFINED]
-        )
-        roles = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-        ids = {role: self.metadata.get(f"tokenizer.ggml.{field}_token_id") for role, field in roles.items()}
-        return PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer,
-            chat_template=self.metadata.get("tokenizer.chat_template"),
-            clean_up_tokenization_spaces=False,
-            **{role: tokens[i] for role, i in ids.items() if i is not None and 0 <= i < len(tokens)},
-        )
+        return gguf_tokenizer.build_tokenizer(self._metadata, str(self.path))
 
     def stop_tokens(self) -> tuple[int, ...]:
-        """Ids that end an answer: end of sequence, of turn, of message."""
-        ids = (self.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
-        return tuple(dict.fromkeys(i for i in ids if i is not None))
-
-    def _refuse_unsupported(self) -> None:
-        architecture = self.metadata.get("general.architecture")
-        if architecture != "llama":
-            raise UserError(f"{self.path}: architecture {architecture!r} is not supported; supported: llama")
-        refuse_unknown(self._fields(), _READ, f"{self.path} (llama.*)")
-
-    def _fields(self) -> Mapping[str, Any]:
-        prefix = "llama."
-        return {name.removeprefix(prefix): v for name, v in self.metadata.items() if name.startswith(prefix)}
+        """Ids that end an answer."""
+        return gguf_tokenizer.stop_tokens(self._metadata)
 
     def _config(self) -> ModelConfig:
-        fields, source = self._fields(), f"{self.path} (llama.*)"
+        prefix, source = f"{self._architecture}.", f"{self.path} ({self._architecture}.*)"
+        fields = {name.removeprefix(prefix): v for name, v in self._metadata.items() if name.startswith(prefix)}
+        refuse_unknown(fields, _READ, source)
         heads, width = (take_count(fields, name, source) for name in ("attention.head_count", "embedding_length"))
         head_width = take_count(fields, "attention.key_length", source, max(width // heads, 1))
-        for name in ("attention.value_length", "rope.dimension_count"):
-            if fields.get(name, head_width) != head_width:
-                raise UserError(f"{source}: {name} is {fields[name]}; only the head width, {head_width}, will do")
+        if fields.get("attention.value_length", head_width) != head_width:
+            raise UserError(
+                f"{source}: attention.value_length is {fields['attention.value_length']}; only the head width, "
+                f"{head_width}, will do"
+            )
+        rotated = take_count(fields, "rope.dimension_count", source, head_width)
         embedding = self._tensors.get("token_embd.weight")
         if embedding is None:
             raise UserError(f"{self.path}: tensor token_embd.weight is missing")
+        layers, context = (take_count(fields, name, source) for name in ("block_count", "context_length"))
+        if layers > len(self._tensors):
+            raise UserError(
+                f"{self.path}: the tensors do not fit the model's config: it says {layers} layers, "
+                f"and there are {len(self._tensors)} tensors"
+            )
+        # Of Phi-4 the converter writes 0, which says that no layer slides.
+        window = fields.get("attention.sliding_window") or None
         return ModelConfig(
-            family="llama",
-            layers=take_count(fields, "block_count", source),
+            family=str(self._architecture),
+            layers=layers,
             width=width,
             heads=heads,
             kv_heads=take_count(fields, "attention.head_count_kv", source, heads),
             head_width=head_width,
             mlp_width=take_count(fields, "feed_forward_length", source),
-            vocab=int(embedding.shape[-1]),
-            context=take_count(fields, "context_length", source),
+            vocab=embedding.shape[0],
+            context=context,
             rms_eps=take_positive(fields, "attention.layer_norm_rms_epsilon", source),
             rope_theta=take_positive(fields, "rope.freq_base", source, 10000.0),
-            rope_scaling=self._rope_scaling(fields, source),
+            rope_scaling=self._rope_scaling(fields, context, source),
+            rotary_width=None if rotated == head_width else rotated,
+            sliding_windows=(
+                (take_count(fields, "attention.sliding_window", source),) * layers if window is not None else None
+            ),
             tie_embeddings="output.weight" not in self._tensors,
-            attention_bias="blk.0.attn_q.bias" in self._tensors,
+            attention_bias=self._architecture == "qwen2" or "blk.0.attn_q.bias" in self._tensors,
+            output_bias="blk.0.attn_output.bias" in self._tensors,
+            mlp_bias="blk.0.ffn_gate.bias" in self._tensors,
+            qk_norm=self._architecture == "qwen3",
         )
 
-    def _rope_scaling(self, fields: Mapping[str, Any], source: str) -> RopeScaling | None:
+    def _rope_scaling(self, fields: Mapping[str, Any], context: int, source: str) -> RopeScaling | None:
         kind = fields.get("rope.scaling.type", "none")
-        if kind not in ("none", "linear"):
-            raise UserError(f"{source}: rope scaling {kind!r} is not supported; supported: none, linear")
-        linear = LinearRope(take_positive(fields, "rope.scaling.factor", source)) if kind == "linear" else None
-        if _ROPE_FACTORS not in self._tensors:
-            return linear
-        if linear:
-            raise UserError(f"{source}: rope scaling {kind!r} together with tensor {_ROPE_FACTORS} is not supported")
-        return FactorRope(tuple(self._dequantised(_ROPE_FACTORS).ravel().tolist()))
+        if kind not in _SCALINGS:
+            raise UserError(f"{source}: rope scaling {kind!r} is not supported; supported: {', '.join(_SCALINGS)}")
+        tables = {_FACTORS, _LONG_FACTORS, _SHORT_FACTORS} & set(self._tensors)
+        if tables and kind not in ("none", "longrope"):
+            raise UserError(f"{source}: rope scaling {kind!r} together with tensor {min(tables)} is not supported")
+        original = take_count(fields, "rope.scaling.original_context_length", source, context)
+        if kind == "longrope" or _LONG_FACTORS in tables:
+            scaling = longrope_attention_scaling(context / original, original)
+            return LongRope(
+                short_factors=self._numbers(_SHORT_FACTORS),
+                long_factors=self._numbers(_LONG_FACTORS),
+                original_context=original,
+                attention_scaling=take_positive(fields, "rope.scaling.attn_factor", source, scaling),
+            )
+        if _FACTORS in tables:
+            return FactorRope(self._numbers(_FACTORS))
+        if kind == "linear":
+            return LinearRope(take_positive(fields, "rope.scaling.factor", source))
+        if kind == "yarn":
+            factor = take_positive(fields, "rope.scaling.factor", source)
+            attention = take_positive(fields, "rope.scaling.attn_factor", source, 1.0)
+            return YarnRope(
+                factor=factor,
+                original_context=original,
+                attention_scaling=attention * yarn_attention_scaling(factor),
+                beta_fast=take_positive(fields, "rope.scaling.yarn_beta_fast", source, 32.0),
+                beta_slow=take_positive(fields, "rope.scaling.yarn_beta_slow", source, 1.0),
+            )
+        return None
 
-    def _names(self) -> dict[str, str]:
+    def _numbers(self, name: str) -> tuple[float, ...]:
+        if name not in self._tensors:
+            raise UserError(f"{self.path}: tensor {name} is missing")
+        tensor = self._tensors[name]
+        values = gguf_header.read_rows(self.path, tensor, 0, tensor.shape[0]).ravel().tolist()
+        return take_numbers({name: values}, name, f"{self.path} (tensors)")
+
+    def _hf_names(self) -> dict[str, str]:
         """Hugging Face's name of every tensor name that the file may hold."""
-        table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, self.config.layers)
+        table = gguf.get_tensor_name_map(_ARCHITECTURES[self.config.family], self.config.layers)
         names = {}
-        for hf in tensor_names(self.config.layers):
+        for hf in families.tensors(self.config):
             base, _, suffix = hf.rpartition(".")
             names[f"{table.get_name(base)}.{suffix}"] = hf
         return names
 
-    def _dequantised(self, name: str) -> np.ndarray:
+
+class _Dequantised:
+    """The tensors of a file; see `weights.Tensors`."""
+
+    def __init__(
+        self,
+        path: pathlib.Path,
+        tensors: Mapping[str, gguf_header.Tensor],
+        config: ModelConfig,
+        hf_names: Mapping[str, str],
+    ):
+        self._path, self._config = path, config
+        rotary = (_FACTORS, _LONG_FACTORS, _SHORT_FACTORS)
+        ours = set(hf_names.values())  # not GGUF's: a tensor so named would stand in for another
+        self._tensors = {
+            hf_names.get(name, f"{name} (in GGUF)" if name in ours else name): tensor
+            for name, tensor in tensors.items()
+            if name not in rotary
+        }
+        self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
+        self.sizes = {name: tensor.size for name, tensor in self._tensors.items()}
+        self.problems = ()
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows of a tensor, float32."""
         tensor = self._tensors[name]
-        try:
-            return gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        except NotImplementedError as error:
-            raise UserError(
-                f"{self.path}: tensor {name} is quantised as {tensor.tensor_type.name}, "
-                "which the gguf package does not dequantise"
-            ) from error
+        if self._config.family != "llama" or not (".q_proj." in name or ".k_proj." in name):
+            return gguf_header.read_rows(self._path, tensor, start, stop)
+        width = self._config.head_width  # whole heads, whose rows stand in another order
+        first, last = start // width * width, -(-stop // width) * width
+        heads = gguf_header.read_rows(self._path, tensor, first, last)
+        return _undo_interleaving(heads, width)[start - first : stop - first]
 
 
-def _undo_interleaving(tensor: np.ndarray, heads: int) -> np.ndarray:
+def _undo_interleaving(tensor: np.ndarray, head_width: int) -> np.ndarray:
     """Rows [heads * E, ...] from GGUF's order, rotated pairs side by side, to the halves of `models.rotary`."""
-    pairs = tensor.reshape(heads, tensor.shape[0] // heads // 2, 2, *tensor.shape[1:])
+    pairs = tensor.reshape(-1, head_width // 2, 2, *tensor.shape[1:])
     return pairs.swapaxes(1, 2).reshape(tensor.shape)

@@ -1,22 +1,22 @@
 """Hugging Face model folders: config.json, safetensors (whole or in shards), tokenizer files."""
 
 import json
+import math
 import pathlib
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from gemfilter_jax.checkpoints.weights import build_decoder
+from gemfilter_jax.checkpoints.weights import Loading, build_decoder
 from gemfilter_jax.config import ModelConfig, take
 from gemfilter_jax.errors import UserError
-from gemfilter_jax.models import llama
 from gemfilter_jax.models.decoder import Decoder
+from gemfilter_jax.models.families import FAMILIES
 
-_FAMILIES = {"llama": llama.config_from_hf}
+_WHOLE = "model.safetensors"
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # of the dtypes that weights may have
 
 
 class HuggingFaceFolder:
@@ -28,33 +28,21 @@ class HuggingFaceFolder:
 
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
-        self._fields = _read_json(folder / "config.json")
-        family = take(self._fields, "model_type", str(folder / "config.json"))
-        if not isinstance(family, str) or family not in _FAMILIES:
-            raise UserError(
-                f"{folder / 'config.json'}: model_type {family!r} is not supported; supported: {', '.join(_FAMILIES)}"
-            )
-        self.config: ModelConfig = _FAMILIES[family](self._fields, str(folder / "config.json"))
+        path = folder / "config.json"
+        self._fields = _read_json(path)
+        family = take(self._fields, "model_type", str(path))
+        if not isinstance(family, str) or family not in FAMILIES:
+            raise UserError(f"{path}: model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
+        self.config: ModelConfig = FAMILIES[family].config_from_hf(self._fields, str(path))
 
     @property
     def name(self) -> str:
         """The name the folder gives itself, else the folder's own."""
-        return self._fields.get("_name_or_path") or self.folder.name
+        return str(self._fields.get("_name_or_path") or self.folder.name)
 
-    def decoder(self, dtype: jax.typing.DTypeLike) -> Decoder:
+    def decoder(self, loading: Loading) -> Decoder:
         """The weights, from all shards."""
-        # "flax" rather than "numpy", which has no bfloat16 in older releases.
-        files = {path: self._open(path) for path in self._weight_files()}
-        place = {name: file for file in files.values() for name in file.keys()}  # noqa: SIM118 - not a dict
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in place.items()}
-
-        def read(name: str) -> np.ndarray:
-            tensor = np.asarray(place[name].get_tensor(name))
-            if not jnp.issubdtype(tensor.dtype, jnp.floating):
-                raise UserError(f"{self.folder}: tensor {name} is {tensor.dtype}, expected floating-point weights")
-            return tensor
-
-        return build_decoder(self.config, shapes, read, dtype=dtype, source=str(self.folder))
+        return build_decoder(self.config, Shards(self.folder), loading, source=str(self.folder))
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The folder's own tokenizer and chat template."""
@@ -73,32 +61,80 @@ class HuggingFaceFolder:
         generation = _read_json(path) if path.exists() else {}
         ids = generation.get("eos_token_id", self._fields.get("eos_token_id"))
         ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-        if not all(isinstance(token, int) for token in ids):
+        if not all(type(token) is int and abs(token) < 2**31 for token in ids):
             raise UserError(f"{self.folder}: eos_token_id is {ids!r}, expected whole numbers")
         return tuple(ids)
 
-    def _weight_files(self) -> list[pathlib.Path]:
-        index = self.folder / "model.safetensors.index.json"
-        if index.exists():
-            places = take(_read_json(index), "weight_map", str(index))
-            names = list(places.values()) if isinstance(places, dict) else [places]
-            if not all(isinstance(name, str) and pathlib.PurePath(name).name == name for name in names):
-                raise UserError(f"{index}: weight_map must name files of this folder for tensors")
-            return sorted(self.folder / name for name in set(names))
-        whole = self.folder / "model.safetensors"
-        if whole.exists():
-            return [whole]
-        if any(self.folder.glob("*.bin")):
-            raise UserError(f"{self.folder}: only pickled .bin weights, which are never loaded; save as safetensors")
-        raise UserError(f"{self.folder}: no model.safetensors and no model.safetensors.index.json")
 
-    def _open(self, path: pathlib.Path) -> safe_open:
-        if not path.exists():
-            raise UserError(f"{path}: missing, although the index names it")
-        try:
-            return safe_open(path, framework="flax")
-        except SafetensorError as error:
-            raise UserError(f"{path}: damaged or truncated safetensors file ({error})") from error
+class Shards:
+    """The tensors of all safetensors files of a folder; see `weights.Tensors`."""
+
+    def __init__(self, folder: pathlib.Path):
+        self._folder = folder
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.sizes: dict[str, int] = {}
+        self.problems: list[str] = []
+        self._places: dict[str, pathlib.Path] = {}
+        index = self._index()
+        for path in sorted({folder / place for place in index.values()} if index else {folder / _WHOLE}):
+            self._add(path)
+        if index:
+            self._compare_with(index)
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows of a tensor. The file is opened anew each time, so that no mapped pages of it stay in memory."""
+        with _opened(self._places[name]) as file:
+            return file.get_slice(name)[start:stop]
+
+    def _index(self) -> dict[str, str]:
+        """Tensor name -> file name, empty for a folder with one file."""
+        path = self._folder / f"{_WHOLE}.index.json"
+        if path.exists():
+            places = take(_read_json(path), "weight_map", str(path))
+            names = list(places.values()) if isinstance(places, dict) else []
+            if not names or not all(isinstance(name, str) and pathlib.PurePath(name).name == name for name in names):
+                raise UserError(f"{path}: weight_map must name files of this folder for tensors")
+            return dict(places)
+        if (self._folder / _WHOLE).exists():
+            return {}
+        if any(self._folder.glob("*.bin")):
+            raise UserError(
+                f"{self._folder}: only pickled .bin weights, which are never loaded; where they come from a source you "
+                "trust, save them again with transformers: "
+                "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
+            )
+        raise UserError(f"{self._folder}: no {_WHOLE} and no {_WHOLE}.index.json")
+
+    def _add(self, path: pathlib.Path) -> None:
+        with _opened(path) as file:
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                stored = file.get_slice(name)
+                shape, kind = tuple(stored.get_shape()), stored.get_dtype()
+                if kind not in _BYTES:
+                    raise UserError(
+                        f"{path}: tensor {name} is {kind}, expected floating-point weights ({', '.join(_BYTES)})"
+                    )
+                if name in self._places:
+                    self.problems.append(f"{name} is in both {self._places[name].name} and {path.name}")
+                self._places[name], self.shapes[name] = path, shape
+                self.sizes[name] = math.prod(shape) * _BYTES[kind]
+
+    def _compare_with(self, index: dict[str, str]) -> None:
+        for name, path in self._places.items():
+            if name not in index:
+                self.problems.append(f"{name} is in {path.name} but not in the index")
+            elif index[name] != path.name:
+                self.problems.append(f"{name} is in {path.name}, which the index says of {index[name]}")
+        self.problems += [f"{name} is in the index but in no file" for name in index if name not in self._places]
+
+
+def _opened(path: pathlib.Path) -> safe_open:
+    try:
+        return safe_open(path, framework="numpy")
+    except (OSError, UnicodeError):
+        raise UserError(f"{path}: missing or not readable, although the folder's weights are in it") from None
+    except SafetensorError as error:
+        raise UserError(f"{path}: damaged or truncated safetensors file ({error})") from error
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -106,7 +142,7 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path.parent}: not a model folder, {path.name} is missing") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(fields, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(fields).__name__}")

@@ -5,6 +5,7 @@
   gemfilter bench      time full attention against GemFilter on this device
   gemfilter evaluate   count right answers on hidden facts
   gemfilter fetch      get a model
+  gemfilter convert    write a model as a checkpoint that loads straight onto many devices
 
 gemfilter COMMAND --help tells a command's flags.
 """
@@ -13,7 +14,7 @@ import difflib
 import importlib
 import sys
 
-COMMANDS = ("generate", "select", "bench", "evaluate", "fetch")
+COMMANDS = ("generate", "select", "bench", "evaluate", "fetch", "convert")
 
 
 def main() -> None:

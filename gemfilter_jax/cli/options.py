@@ -16,8 +16,8 @@ if TYPE_CHECKING:  # commands parse their flags before they import JAX, so that 
 _METHODS = ("full", "default", "paper")
 
 
-def define_model(values: flags.FlagValues) -> None:
-    """--model and how to load and address it."""
+def define_weights(values: flags.FlagValues) -> None:
+    """--model and how to hold its weights."""
     flags.DEFINE_string("model", "smollm2", "A model folder, a .gguf file, a hub id, or smollm2.", flag_values=values)
     flags.DEFINE_enum(
         "dtype",
@@ -26,6 +26,18 @@ def define_model(values: flags.FlagValues) -> None:
         "Of weights and activations; auto is bfloat16 on accelerators, float32 on CPU.",
         flag_values=values,
     )
+    flags.DEFINE_enum(
+        "weights",
+        "float",
+        ["float", "int8"],
+        "How matrices are held; int8 takes about half the bytes of bfloat16.",
+        flag_values=values,
+    )
+
+
+def define_model(values: flags.FlagValues) -> None:
+    """--model and how to load and address it."""
+    define_weights(values)
     flags.DEFINE_bool("chat_template", True, "Wrap prompts in the model's chat template.", flag_values=values)
     flags.DEFINE_string(
         "message_format",
@@ -36,7 +48,10 @@ def define_model(values: flags.FlagValues) -> None:
 
 
 def define_filter(values: flags.FlagValues) -> None:
-    """--keep and --filter_layer."""
+    """--preset, --keep and --filter_layer."""
+    flags.DEFINE_string(
+        "preset", None, "Filter settings of the model, a JSON file; those built in if not given.", flag_values=values
+    )
     flags.DEFINE_integer(
         "keep", None, "Tokens to keep; the model's preset if not given.", lower_bound=1, flag_values=values
     )
@@ -104,21 +119,41 @@ def read_prompt(values: flags.FlagValues) -> str:
     return text
 
 
-def load_pipeline(values: flags.FlagValues) -> "Pipeline":
-    """Load --model, with compiled programs kept in the user's cache folder between runs."""
-    import jax
+def load_pipeline(values: flags.FlagValues, *, only_selects: bool = False) -> "Pipeline":
+    """Load --model, with compiled programs kept in the user's cache folder between runs.
 
-    from gemfilter_jax import pipeline, prompts
+    Args:
+      only_selects: load no layer past the one that picks, and no LM head.
+    """
+    import jax
+    from rich.console import Console
+
+    from gemfilter_jax import checkpoints, pipeline, presets, prompts
+    from gemfilter_jax.reporting import terminal
 
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "gemfilter_jax"
     jax.config.update("jax_compilation_cache_dir", str(cache / "programs"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    return pipeline.load(
-        values.model,
-        dtype=values.dtype,
-        chat_template=values.chat_template,
-        message_format=values.message_format or prompts.MESSAGE_FORMAT,
-    )
+    opened = checkpoints.open_checkpoint(values.model)
+    if values.preset is None:
+        preset = presets.preset_for(opened.config)
+    else:
+        preset = presets.read_preset(pathlib.Path(values.preset), opened.config)
+    filter_layers = None
+    if only_selects:
+        layer = preset.layer(values.rule) if values.filter_layer is None else values.filter_layer
+        filter_layers = min(layer + 1, opened.config.layers)
+    with terminal.loading_progress(Console(stderr=True)) as progress:
+        return pipeline.load(
+            opened,
+            dtype=values.dtype,
+            weights=values.weights,
+            filter_layers=filter_layers,
+            preset=preset,
+            chat_template=values.chat_template,
+            message_format=values.message_format or prompts.MESSAGE_FORMAT,
+            progress=progress,
+        )
 
 
 def chosen_method(values: flags.FlagValues, model: "Pipeline") -> "GemFilter":

@@ -29,7 +29,7 @@ def main(_: list[str]) -> None:
     text = options.read_prompt(FLAGS)
     if FLAGS.report:
         files.check_writable(FLAGS.report, "report")
-    model = options.load_pipeline(FLAGS)
+    model = options.load_pipeline(FLAGS, only_selects=True)
     method = options.chosen_method(FLAGS, model)
     with terminal.reading_progress(Console(stderr=True)) as progress:
         kept, timings = model.select(text, FLAGS.question, method=method, progress=progress)

@@ -8,6 +8,8 @@ Layer weights carry a leading L axis and layers are walked by a loop whose bound
 serves every number of layers.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -26,33 +28,63 @@ ACTIVATIONS = {
 }
 _MLP_BLOCK = 2048  # rows of the sequence that pass through the MLP at a time: bounds its [B, block, F] temporaries
 
+_ALL = 2**30  # the window of a layer without one: wider than any prompt
+
 _Table = tuple[jax.Array, jax.Array]
 
 
-def _matmul(x: jax.Array, kernel: jax.Array, **kwargs) -> jax.Array:
-    """Float32 weights mean float32 results: accelerators would otherwise round float32 inputs down."""
-    precision = jax.lax.Precision.HIGHEST if kernel.dtype == jnp.float32 else None
-    return jnp.matmul(x, kernel, precision=precision, **kwargs)
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """How weights are held: in `dtype`, which is also that of activations, or, if `int8`, matrices in that."""
+
+    dtype: jnp.dtype
+    int8: bool = False
+
+    @property
+    def stored(self) -> jnp.dtype:
+        """The dtype of matrices."""
+        return jnp.dtype(jnp.int8) if self.int8 else self.dtype
+
+
+def _matmul(x: jax.Array, kernel: jax.Array, result: jax.typing.DTypeLike) -> jax.Array:
+    """Float32 activations mean float32 products: accelerators would otherwise round them down."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.matmul(x, kernel.astype(x.dtype), precision=precision, preferred_element_type=result)
 
 
 class Linear(nnx.Module):
-    """x [..., in] -> [..., out], kernel [in, out]."""
+    """x [..., in] -> [..., out], kernel [in, out]; of an int8 kernel, one float32 scale for each output."""
 
-    def __init__(self, inputs: int, outputs: int, *, bias: bool = False, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (inputs, outputs), dtype))
-        self.bias = nnx.Param(jnp.zeros((outputs,), dtype)) if bias else None
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        axes: tuple[str, str],
+        bias: bool = False,
+        weights: Weights,
+        rngs: nnx.Rngs,
+    ):
+        kernel = nnx.initializers.lecun_normal()(rngs.params(), (inputs, outputs), weights.dtype)
+        self.kernel = nnx.Param(kernel.astype(weights.stored), axes=axes)
+        self.scale = nnx.Param(jnp.ones((outputs,), jnp.float32), axes=axes[1:]) if weights.int8 else None
+        self.bias = nnx.Param(jnp.zeros((outputs,), weights.dtype), axes=axes[1:]) if bias else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., in] -> [..., out]."""
-        y = _matmul(x, self.kernel[...])
+    def __call__(self, x: jax.Array, *, result: jax.typing.DTypeLike | None = None) -> jax.Array:
+        """[..., in] -> [..., out], in x's dtype or that of `result`."""
+        result = result or x.dtype
+        if self.scale is None:
+            y = _matmul(x, self.kernel[...], result)
+        else:
+            y = (_matmul(x, self.kernel[...], jnp.float32) * self.scale[...]).astype(result)
         return y if self.bias is None else y + self.bias[...]
 
 
 class RMSNorm(nnx.Module):
     """Root-mean-square norm over the last axis (Zhang and Sennrich 2019), in float32."""
 
-    def __init__(self, width: int, eps: float, *, dtype: jax.typing.DTypeLike):
-        self.scale = nnx.Param(jnp.ones((width,), dtype))
+    def __init__(self, width: int, eps: float, *, axis: str, weights: Weights):
+        self.scale = nnx.Param(jnp.ones((width,), weights.dtype), axes=(axis,))
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -65,34 +97,43 @@ class RMSNorm(nnx.Module):
 class DecoderLayer(nnx.Module):
     """One layer: the pieces of attention, so that a caller may stop between them, and the MLP."""
 
-    def __init__(self, config: ModelConfig, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
-        def linear(inputs: int, outputs: int, bias: bool) -> Linear:
-            return Linear(inputs, outputs, bias=bias, dtype=dtype, rngs=rngs)
+    def __init__(self, config: ModelConfig, *, weights: Weights, rngs: nnx.Rngs):
+        def linear(inputs: int, outputs: int, axes: tuple[str, str], bias: bool) -> Linear:
+            return Linear(inputs, outputs, axes=axes, bias=bias, weights=weights, rngs=rngs)
+
+        def norm(width: int, axis: str) -> RMSNorm:
+            return RMSNorm(width, c.rms_eps, axis=axis, weights=weights)
 
         c = config
         self.head_width = c.head_width
         self.activation = c.activation
-        self.attention_norm = RMSNorm(c.width, c.rms_eps, dtype=dtype)
-        self.query = linear(c.width, c.heads * c.head_width, c.attention_bias)
-        self.key = linear(c.width, c.kv_heads * c.head_width, c.attention_bias)
-        self.value = linear(c.width, c.kv_heads * c.head_width, c.attention_bias)
-        self.output = linear(c.heads * c.head_width, c.width, c.attention_bias)
-        self.mlp_norm = RMSNorm(c.width, c.rms_eps, dtype=dtype)
-        self.gate = linear(c.width, c.mlp_width, c.mlp_bias)
-        self.up = linear(c.width, c.mlp_width, c.mlp_bias)
-        self.down = linear(c.mlp_width, c.width, c.mlp_bias)
+        self.attention_norm = norm(c.width, "embed")
+        self.query = linear(c.width, c.heads * c.head_width, ("embed", "heads"), c.attention_bias)
+        self.key = linear(c.width, c.kv_heads * c.head_width, ("embed", "kv_heads"), c.attention_bias)
+        self.value = linear(c.width, c.kv_heads * c.head_width, ("embed", "kv_heads"), c.attention_bias)
+        self.query_norm = norm(c.head_width, "head_width") if c.qk_norm else None
+        self.key_norm = norm(c.head_width, "head_width") if c.qk_norm else None
+        self.output = linear(c.heads * c.head_width, c.width, ("heads", "embed"), c.output_bias)
+        self.mlp_norm = norm(c.width, "embed")
+        self.gate = linear(c.width, c.mlp_width, ("embed", "mlp"), c.mlp_bias)
+        self.up = linear(c.width, c.mlp_width, ("embed", "mlp"), c.mlp_bias)
+        self.down = linear(c.mlp_width, c.width, ("mlp", "embed"), c.mlp_bias)
 
     def queries(self, normed: jax.Array, table: _Table) -> jax.Array:
         """[B, S, D] -> rotated queries [B, S, H, E]."""
-        return rotate(self._split_heads(self.query(normed)), table)
+        return self._rotated(self.query(normed), self.query_norm, table)
 
     def keys(self, normed: jax.Array, table: _Table) -> jax.Array:
         """[B, S, D] -> rotated keys [B, S, G, E]."""
-        return rotate(self._split_heads(self.key(normed)), table)
+        return self._rotated(self.key(normed), self.key_norm, table)
 
     def values(self, normed: jax.Array) -> jax.Array:
         """[B, S, D] -> values [B, S, G, E]."""
         return self._split_heads(self.value(normed))
+
+    def _rotated(self, x: jax.Array, norm: RMSNorm | None, table: _Table) -> jax.Array:
+        heads = self._split_heads(x)
+        return rotate(heads if norm is None else norm(heads), table)
 
     def close(self, x: jax.Array, attended: jax.Array) -> jax.Array:
         """Residual stream x [B, S, D] and attention's result [B, S, H, E] -> the next layer's x."""
@@ -121,41 +162,68 @@ def _in_blocks(fn, x: jax.Array) -> jax.Array:
 
 
 class Decoder(nnx.Module):
-    """A decoder-only language model. A pytree: pass it to `jax.jit`, map over it, shard it."""
+    """A decoder-only language model. A pytree: pass it to `jax.jit`, map over it, shard it.
 
-    def __init__(self, config: ModelConfig, *, dtype: jax.typing.DTypeLike = jnp.float32, rngs: nnx.Rngs):
+    Args:
+      dtype: of weights and activations.
+      int8: hold matrices but the embedding as int8, symmetric, with a float32 scale for each output channel.
+      filter_layers: hold only so many layers and no LM head, which is enough for stage 1; None for the whole model.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+        int8: bool = False,
+        filter_layers: int | None = None,
+        rngs: nnx.Rngs,
+    ):
         if config.activation not in ACTIVATIONS:
             raise UserError(
                 f"model config: activation {config.activation!r} is not supported; supported: {', '.join(ACTIVATIONS)}"
             )
+        weights = Weights(jnp.dtype(dtype), int8)
+        whole = filter_layers is None
         self.config = config
-        embed = nnx.initializers.normal(0.02)
-        self.embedding = nnx.Param(embed(rngs.params(), (config.vocab, config.width), dtype))
-        self.layers = jax.vmap(lambda key: DecoderLayer(config, dtype=dtype, rngs=nnx.Rngs(key)))(
-            jax.random.split(rngs.params(), config.layers)
+        self.held_layers = config.layers if filter_layers is None else filter_layers
+        table = nnx.initializers.normal(0.02)(rngs.params(), (config.vocab, config.width), weights.dtype)
+        self.embedding = nnx.Param(table, axes=("vocab", "embed"))
+        self.layers = jax.vmap(lambda key: DecoderLayer(config, weights=weights, rngs=nnx.Rngs(key)))(
+            jax.random.split(rngs.params(), self.held_layers)
         )
-        self.final_norm = RMSNorm(config.width, config.rms_eps, dtype=dtype)
-        self.lm_head = None if config.tie_embeddings else Linear(config.width, config.vocab, dtype=dtype, rngs=rngs)
+        self.final_norm = RMSNorm(config.width, config.rms_eps, axis="embed", weights=weights) if whole else None
+        self.lm_head = (
+            Linear(config.width, config.vocab, axes=("embed", "vocab"), weights=weights, rngs=rngs)
+            if whole and not config.tie_embeddings
+            else None
+        )
 
     @property
     def dtype(self) -> jnp.dtype:
-        """The dtype of weights and activations."""
+        """The dtype of activations."""
         return self.embedding[...].dtype
 
     def layer(self, index: jax.typing.ArrayLike) -> DecoderLayer:
         """Layer `index`, which may be traced."""
         return jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, index, keepdims=False), self.layers)
 
+    def _window(self, index: jax.typing.ArrayLike) -> jax.Array | None:
+        """The sliding window of layer `index`, which may be traced."""
+        if self.config.sliding_windows is None:
+            return None
+        return jnp.asarray([window or _ALL for window in self.config.sliding_windows], jnp.int32)[index]
+
     def hidden_states(self, ids: jax.Array, lengths: jax.Array, layers: jax.typing.ArrayLike) -> jax.Array:
         """The residual stream [B, S, D] that enters layer `layers`, for ids [B, S]. No cache is kept."""
-        table = rotary_table(self.config, jnp.arange(ids.shape[1])[None])
+        table = rotary_table(self.config, jnp.arange(ids.shape[1])[None], lengths)
 
         def body(index, x):
             with jax.named_scope("layer"):
                 layer = self.layer(index)
                 normed = layer.attention_norm(x)
                 q, k, v = layer.queries(normed, table), layer.keys(normed, table), layer.values(normed)
-                return layer.close(x, attention.causal(q, k, v, lengths=lengths))
+                return layer.close(x, attention.causal(q, k, v, lengths=lengths, window=self._window(index)))
 
         return jax.lax.fori_loop(0, layers, body, self.embedding[...][ids])
 
@@ -177,10 +245,11 @@ class Decoder(nnx.Module):
         x = self.hidden_states(ids, lengths, layer)
         with jax.named_scope("filter_layer"):
             last = self.layer(layer)
-            k = last.keys(last.attention_norm(x), rotary_table(self.config, jnp.arange(ids.shape[1])[None]))
+            table = rotary_table(self.config, jnp.arange(ids.shape[1])[None], lengths)
+            k = last.keys(last.attention_norm(x), table)
             rows = lengths[:, None] - window + jnp.arange(window)
             x_rows = jnp.take_along_axis(x, jnp.maximum(rows, 0)[..., None], axis=1)
-            q = last.queries(last.attention_norm(x_rows), rotary_table(self.config, rows))
+            q = last.queries(last.attention_norm(x_rows), rotary_table(self.config, rows, lengths))
         return q, k, rows
 
     def prefill(
@@ -195,7 +264,8 @@ class Decoder(nnx.Module):
         Returns:
           float32 logits [B, V] of each row's last real position, and the filled cache.
         """
-        table = rotary_table(self.config, positions)
+        extents = jnp.take_along_axis(positions, (lengths - 1)[:, None], axis=1)[:, 0] + 1
+        table = rotary_table(self.config, positions, extents)
 
         def body(index, carry):
             x, cache = carry
@@ -203,7 +273,7 @@ class Decoder(nnx.Module):
                 layer = self.layer(index)
                 normed = layer.attention_norm(x)
                 q, k, v = layer.queries(normed, table), layer.keys(normed, table), layer.values(normed)
-                x = layer.close(x, attention.causal(q, k, v, lengths=lengths))
+                x = layer.close(x, attention.causal(q, k, v, lengths=lengths, window=self._window(index)))
                 return x, cache.write_prompt(index, k, v)
 
         x, cache = jax.lax.fori_loop(0, self.config.layers, body, (self.embedding[...][ids], cache))
@@ -212,7 +282,7 @@ class Decoder(nnx.Module):
 
     def decode(self, ids: jax.Array, positions: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """One more token per row: ids [B] at rotary positions [B] -> float32 logits [B, V] and the grown cache."""
-        table = rotary_table(self.config, positions[:, None])
+        table = rotary_table(self.config, positions[:, None], positions + 1)
         lengths = cache.lengths + 1
 
         def body(index, carry):
@@ -221,13 +291,20 @@ class Decoder(nnx.Module):
             normed = layer.attention_norm(x)
             cache = cache.append(index, layer.keys(normed, table), layer.values(normed))
             k, v = cache.layer(index)
-            return layer.close(x, attention.one_row(layer.queries(normed, table), k, v, lengths=lengths)), cache
+            q = layer.queries(normed, table)
+            return layer.close(x, attention.one_row(q, k, v, lengths=lengths, window=self._window(index))), cache
 
-        x, cache = jax.lax.fori_loop(0, self.config.layers, body, (self.embedding[...][ids][:, None], cache))
+        x, cache = jax.lax.fori_loop(0, self.config.layers, body, (self.embedding[...][ids[:, None]], cache))
         return self.logits(x[:, 0]), cache.advanced_to(lengths)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Residual stream [..., D] after the last layer -> float32 logits [..., V]."""
+        if self.final_norm is None:
+            raise UserError(
+                f"only the first {self.held_layers} layers of the model are loaded, which can select but not generate"
+            )
         with jax.named_scope("lm_head"):
-            kernel = self.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
-            return _matmul(self.final_norm(x), kernel, preferred_element_type=jnp.float32)
+            normed = self.final_norm(x)
+            if self.lm_head is None:
+                return _matmul(normed, self.embedding[...].T, jnp.float32)
+            return self.lm_head(normed, result=jnp.float32)

@@ -4,11 +4,20 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
 from gemfilter_jax import filtering
+from gemfilter_jax.checkpoints.weights import BytesRead
 from gemfilter_jax.pipeline import KeptText
 
 _CONTEXT = 60  # characters shown, dimmed, on both sides of a kept passage
@@ -64,3 +73,12 @@ def reading_progress(console: Console) -> Iterator[filtering.Progress]:
                 bar.stop()
 
         yield report
+
+
+@contextlib.contextmanager
+def loading_progress(console: Console) -> Iterator[BytesRead]:
+    """A bar of the bytes of weights that are read; gone once all are."""
+    columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("loading", total=None, visible=False)
+        yield lambda read, total: bar.update(task, completed=read, total=total, visible=True)

@@ -1,20 +1,21 @@
-"""The decoder computes what Hugging Face's PyTorch Llama computes: for stored results, and live where PyTorch is."""
+"""The decoder computes what Hugging Face computes in PyTorch: for stored results, and live where PyTorch is."""
 
 import functools
+import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from model_files import GOLDEN
+from model_files import FLOAT32, GOLDEN
 
 from gemfilter_jax import two_stage
 from gemfilter_jax.checkpoints.huggingface import HuggingFaceFolder
 from gemfilter_jax.kv_cache import KVCache
 from gemfilter_jax.models.decoder import Decoder
+from gemfilter_jax.models.families import FAMILIES
 from gemfilter_jax.sampling import GREEDY
 
-VARIANTS = ("mha_untied", "gqa_tied", "gqa_llama3", "mqa_bias_linear")
+VARIANTS = sorted(path.parent.name for path in GOLDEN.glob("*/expected.npz"))
 SHORT = slice(60, 133)  # of the prompt: a second one
 TOLERANCE = 1e-4
 
@@ -33,10 +34,10 @@ logits = _program(Decoder.logits)
 
 @functools.cache
 def load(variant: str) -> tuple[Decoder, dict[str, np.ndarray]]:
-    """A golden folder's model and what make_llama.py stored with it."""
-    folder = GOLDEN / f"llama_{variant}"
+    """A golden folder's model and what make_models.py stored with it."""
+    folder = GOLDEN / variant
     with np.load(folder / "expected.npz") as stored:
-        return HuggingFaceFolder(folder).decoder(jnp.float32), dict(stored)
+        return HuggingFaceFolder(folder).decoder(FLOAT32), dict(stored)
 
 
 def batch(*prompts: np.ndarray, width: int | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -44,6 +45,11 @@ def batch(*prompts: np.ndarray, width: int | None = None) -> tuple[np.ndarray, n
     width = width or max(map(len, prompts))
     ids = np.stack([np.pad(prompt, (0, width - len(prompt)), constant_values=1) for prompt in prompts])
     return ids.astype(np.int32), np.array([len(prompt) for prompt in prompts], np.int32)
+
+
+def both(expected: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The prompt and the shorter one as a batch."""
+    return batch(expected["ids"], expected["ids"][SHORT])
 
 
 def greedy(model: Decoder, ids: np.ndarray, lengths: np.ndarray, count: int) -> np.ndarray:
@@ -68,12 +74,18 @@ def assert_close(actual, expected, tolerance: float = TOLERANCE) -> None:
     np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance)
 
 
+def test_every_family_is_here():
+    assert {json.loads((GOLDEN / v / "config.json").read_text())["model_type"] for v in VARIANTS} == set(FAMILIES)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_residual_stream_of_every_layer(variant):
+    """Of a prompt longer and one shorter than the sliding windows and the thresholds of rotary scaling, padded."""
     model, expected = load(variant)
-    for layers, stream in enumerate(expected["hidden"]):
-        x = hidden_states(model, *batch(expected["ids"]), layers)
+    for layers, (stream, short_stream) in enumerate(zip(expected["hidden"], expected["short_hidden"], strict=True)):
+        x = hidden_states(model, *both(expected), layers)
         assert_close(x[0, expected["rows"]], stream)
+        assert_close(x[1, expected["short_rows"]], short_stream)
     assert layers == model.config.layers
 
 
@@ -82,7 +94,7 @@ def test_keys_and_last_queries_of_every_layer(variant):
     model, expected = load(variant)
     window = expected["queries"].shape[1]
     for layer in range(model.config.layers):
-        q, k, rows = keys_and_last_queries(model, *batch(expected["ids"]), layer, window=window)
+        q, k, rows = keys_and_last_queries(model, *both(expected), layer, window=window)
         assert_close(k[0, expected["rows"]].swapaxes(0, 1), expected["keys"][layer])
         assert_close(q[0], expected["queries"][layer])
         assert rows[0].tolist() == list(range(len(expected["ids"])))[-window:]
@@ -91,11 +103,12 @@ def test_keys_and_last_queries_of_every_layer(variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits(variant):
     model, expected = load(variant)
-    ids, lengths = batch(expected["ids"])
+    ids, lengths = both(expected)
     x = hidden_states(model, ids, lengths, model.config.layers)
-    assert_close(logits(model, x[0, expected["rows"]]), expected["logits"])
-    cache = KVCache.empty(model.config, 1, ids.shape[1], model.dtype)
-    last, cache = prefill(model, ids, lengths, np.arange(ids.shape[1])[None], cache)
+    actual = logits(model, np.concatenate([x[0, expected["rows"]], x[1, expected["short_rows"]]]))
+    assert_close(actual, np.concatenate([expected["logits"], expected["short_logits"]]))
+    cache = KVCache.empty(model.config, 2, ids.shape[1], model.dtype)
+    last, cache = prefill(model, ids, lengths, np.broadcast_to(np.arange(ids.shape[1]), ids.shape), cache)
     assert expected["rows"][-1] == len(expected["ids"]) - 1
     assert_close(last[0], expected["logits"][-1])
     assert_close(cache.k[:, 0, expected["rows"]].swapaxes(1, 2), expected["keys"])
@@ -105,14 +118,14 @@ def test_logits(variant):
 def test_greedy_tokens(variant):
     """Next to a shorter prompt, both padded: neither padding nor company may change a token."""
     model, expected = load(variant)
-    tokens = greedy(model, *batch(expected["ids"], expected["ids"][SHORT], width=256), len(expected["greedy"]))
+    tokens = greedy(model, *both(expected), len(expected["greedy"]))
     assert tokens[0].tolist() == expected["greedy"].tolist()
     assert tokens[1].tolist() == expected["short_greedy"].tolist()
 
 
 def test_padding_and_company_change_nothing():
     """700 columns are two attention blocks, so prompts this short also skip a block that is padding for all."""
-    model, expected = load("gqa_llama3")
+    model, expected = load("llama_gqa_llama3")
     prompts = [expected["ids"], expected["ids"][SHORT]]
     padded = batch(*prompts, width=700)
     layers = model.config.layers
@@ -130,10 +143,11 @@ def test_padding_and_company_change_nothing():
 def test_live_against_pytorch(tmp_path):
     """Other head counts than the golden folders, and whatever release of PyTorch and transformers is installed."""
     torch = pytest.importorskip("torch")
-    from golden import make_llama
+    from golden import make_models
 
     torch.set_num_threads(1)  # its threads and XLA's would wait for each other
-    theirs, prompt = make_llama.clear_cut(
+    theirs, prompt = make_models.clear_cut(
+        model_type="llama",
         vocab_size=96,
         hidden_size=40,
         intermediate_size=72,
@@ -144,8 +158,8 @@ def test_live_against_pytorch(tmp_path):
         max_position_embeddings=512,
     )
     theirs.save_pretrained(tmp_path)
-    ours = HuggingFaceFolder(tmp_path).decoder(jnp.float32)
-    expected = make_llama.forward(theirs, prompt["ids"])
+    ours = HuggingFaceFolder(tmp_path).decoder(FLOAT32)
+    expected = make_models.forward(theirs, prompt["ids"])
     ids, lengths = batch(prompt["ids"])
     x = hidden_states(ours, ids, lengths, ours.config.layers)
     assert_close(x[0], expected["hidden"][-1])

@@ -1,0 +1,45 @@
+"""Write a model as an Orbax checkpoint, config and tokenizer inside, that loads straight onto many devices.
+
+  gemfilter convert --model=meta-llama/Llama-3.1-8B-Instruct --output=llama-3.1-8b --dtype=bfloat16
+  gemfilter convert --model=llama-3.1-8b.Q8_0.gguf --output=llama-3.1-8b-int8 --weights=int8
+
+The folder is then a --model of every command.
+"""
+
+import pathlib
+
+from absl import flags
+
+from gemfilter_jax.cli import command, options
+from gemfilter_jax.errors import UserError
+
+FLAGS = flags.FlagValues()
+options.define_weights(FLAGS)
+flags.DEFINE_string("output", None, "The new folder.", flag_values=FLAGS)
+
+
+def main(_: list[str]) -> None:
+    """The command."""
+    from rich.console import Console
+
+    from gemfilter_jax import checkpoints
+    from gemfilter_jax.checkpoints import orbax
+    from gemfilter_jax.reporting import terminal
+
+    if FLAGS.output is None:
+        raise UserError("no --output; give a new folder")
+    folder = pathlib.Path(FLAGS.output)
+    orbax.check_new_folder(folder)
+    with terminal.loading_progress(Console(stderr=True)) as progress:
+        loaded = checkpoints.load_checkpoint(FLAGS.model, FLAGS.dtype, weights=FLAGS.weights, progress=progress)
+    orbax.save(folder, loaded.name, loaded.model, loaded.tokenizer, loaded.stop_tokens)
+    print(folder)
+
+
+def run() -> None:
+    """Parse the command line and run."""
+    command.run(main, FLAGS, str(__doc__))
+
+
+if __name__ == "__main__":
+    run()

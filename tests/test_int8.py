@@ -1,0 +1,63 @@
+"""int8 weights: what quantisation does to one matrix, and to the default model's tokens, kept set and answers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from model_files import GOLDEN
+from test_parity_smollm2 import top1_and_last_logits
+
+from gemfilter_jax import pipeline
+from gemfilter_jax.checkpoints import load_checkpoint
+from gemfilter_jax.checkpoints.huggingface import HuggingFaceFolder
+from gemfilter_jax.checkpoints.weights import Loading
+from gemfilter_jax.evaluation import needle
+
+
+@pytest.fixture(scope="module")
+def int8():
+    return pipeline.load("smollm2", dtype="float32", weights="int8")
+
+
+def bytes_held(model) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(model))
+
+
+@pytest.mark.parametrize("variant", ["llama_mha_untied", "phi3_sliding"])
+def test_symmetric_with_a_scale_for_each_output(variant):
+    folder = HuggingFaceFolder(GOLDEN / variant)
+    whole, small = (folder.decoder(Loading(jnp.dtype(jnp.float32), int8=int8)) for int8 in (False, True))
+    for name in ("query", "key", "value", "output", "gate", "up", "down"):
+        kernel = np.asarray(getattr(whole.layers, name).kernel[...])
+        held = getattr(small.layers, name)
+        steps, scales = np.asarray(held.kernel[...]), np.asarray(held.scale[...])
+        assert steps.dtype == np.int8
+        assert scales.dtype == np.float32
+        np.testing.assert_allclose(scales, np.abs(kernel).max(axis=1) / 127, rtol=1e-6)
+        assert (np.abs(steps).max(axis=1) == 127).all()
+        assert (np.abs(steps * scales[:, None] - kernel) <= scales[:, None] * 0.5001).all()
+    assert small.lm_head.kernel[...].dtype == jnp.int8
+    np.testing.assert_array_equal(small.embedding[...], whole.embedding[...])
+
+
+def test_bytes_on_the_device():
+    whole, small = (load_checkpoint("smollm2", "bfloat16", weights=weights).model for weights in ("float", "int8"))
+    matrices = 30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536)
+    assert bytes_held(whole) - bytes_held(small) == matrices - 30 * 4 * (2 * 576 + 2 * 192 + 2 * 1536 + 576)
+
+
+def test_the_likeliest_token_is_the_same_at_97_percent_of_positions(int8):
+    with np.load(GOLDEN / "smollm2_top1.npz") as expected:
+        top1, _ = top1_and_last_logits(int8.checkpoint.model, expected["ids"])
+        assert np.mean(np.asarray(top1) == expected["top1"]) >= 0.97
+
+
+def test_kept_set_and_answer(smollm2, int8):
+    case = next(needle.cases(smollm2.checkpoint.tokenizer, 1024, needle.NEEDLES[1:], depths=(0.5,)))
+    whole, small = (
+        model.generate(case.text, case.needle.question, method=model.method(keep=256), max_new_tokens=16)
+        for model in (smollm2, int8)
+    )
+    assert small.text == whole.text
+    assert case.needle.answer in small.text
+    assert len(set(whole.selection.indices) & set(small.selection.indices)) >= 0.9 * 256
