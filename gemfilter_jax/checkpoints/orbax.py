@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from gemfilter_jax import config as config_lib
+from gemfilter_jax import files
 from gemfilter_jax.checkpoints.weights import Loading, abstract_decoder, check_arrays, parameter_name
 from gemfilter_jax.config import ModelConfig, take, take_flag
 from gemfilter_jax.errors import UserError
@@ -119,7 +120,7 @@ def save(
     Raises:
       UserError: the folder exists or cannot be written.
     """
-    check_new_folder(folder)
+    files.check_new_folder(folder)
     aside = pathlib.Path(tempfile.mkdtemp(dir=folder.absolute().parent, prefix=f".{folder.name}."))
     try:
         leaves, _ = jax.tree_util.tree_flatten_with_path(model)
@@ -139,14 +140,6 @@ def save(
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-
-
-def check_new_folder(folder: pathlib.Path) -> None:
-    """Raise a `UserError` if `folder` cannot be made."""
-    if folder.exists():
-        raise UserError(f"--output={folder}: exists already; give a new folder")
-    if not folder.absolute().parent.is_dir():
-        raise UserError(f"--output={folder}: folder {folder.parent} does not exist; create it first")
 
 
 def _config_to_json(config: ModelConfig) -> dict[str, Any]:

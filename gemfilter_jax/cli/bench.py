@@ -8,6 +8,7 @@ import json
 
 from absl import flags
 
+from gemfilter_jax import files
 from gemfilter_jax.cli import command, options
 
 FLAGS = flags.FlagValues()
@@ -22,14 +23,15 @@ _COLUMNS = ("method", "prompt", "kept", "filter s", "prefill s", "decode s", "to
 
 def main(_: list[str]) -> None:
     """The command."""
-    from rich.console import Console
-
-    from gemfilter_jax.evaluation import bench
-    from gemfilter_jax.reporting import files, terminal
-
     if FLAGS.output:
         files.check_writable(FLAGS.output, "output")
     lengths = options.lengths(FLAGS)
+
+    from rich.console import Console
+
+    from gemfilter_jax.evaluation import bench
+    from gemfilter_jax.reporting import terminal
+
     model = options.load_pipeline(FLAGS)
     methods = options.compared_methods(FLAGS, model)
     console, rows = Console(), []

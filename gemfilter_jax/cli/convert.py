@@ -10,6 +10,7 @@ import pathlib
 
 from absl import flags
 
+from gemfilter_jax import files
 from gemfilter_jax.cli import command, options
 from gemfilter_jax.errors import UserError
 
@@ -20,16 +21,17 @@ flags.DEFINE_string("output", None, "The new folder.", flag_values=FLAGS)
 
 def main(_: list[str]) -> None:
     """The command."""
+    if FLAGS.output is None:
+        raise UserError("no --output; give a new folder")
+    folder = pathlib.Path(FLAGS.output)
+    files.check_new_folder(folder)
+
     from rich.console import Console
 
     from gemfilter_jax import checkpoints
     from gemfilter_jax.checkpoints import orbax
     from gemfilter_jax.reporting import terminal
 
-    if FLAGS.output is None:
-        raise UserError("no --output; give a new folder")
-    folder = pathlib.Path(FLAGS.output)
-    orbax.check_new_folder(folder)
     with terminal.loading_progress(Console(stderr=True)) as progress:
         loaded = checkpoints.load_checkpoint(FLAGS.model, FLAGS.dtype, weights=FLAGS.weights, progress=progress)
     orbax.save(folder, loaded.name, loaded.model, loaded.tokenizer, loaded.stop_tokens)

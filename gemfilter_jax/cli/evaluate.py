@@ -10,6 +10,7 @@ import json
 
 from absl import flags
 
+from gemfilter_jax import files
 from gemfilter_jax.cli import command, options
 
 FLAGS = flags.FlagValues()
@@ -22,16 +23,17 @@ _COLUMNS = ("method", "text tokens", "keep", "right", "asked", "needle kept")
 
 def main(_: list[str]) -> None:
     """The command."""
+    if FLAGS.output:
+        files.check_writable(FLAGS.output, "output")
+    lengths = options.lengths(FLAGS)
+
     from rich.console import Console
     from rich.progress import track
 
     from gemfilter_jax.evaluation import bench, needle
     from gemfilter_jax.methods import GemFilter
-    from gemfilter_jax.reporting import files, terminal
+    from gemfilter_jax.reporting import terminal
 
-    if FLAGS.output:
-        files.check_writable(FLAGS.output, "output")
-    lengths = options.lengths(FLAGS)
     model = options.load_pipeline(FLAGS)
     methods = options.compared_methods(FLAGS, model)
     cases = [case for length in lengths for case in needle.cases(model.checkpoint.tokenizer, length)]

@@ -12,6 +12,7 @@ import sys
 
 from absl import flags
 
+from gemfilter_jax import files
 from gemfilter_jax.cli import command, options
 
 FLAGS = flags.FlagValues()
@@ -32,14 +33,15 @@ flags.DEFINE_bool("show_kept", False, "Show the kept passages, highlighted, on s
 
 def main(_: list[str]) -> None:
     """The command."""
-    from rich.console import Console
-
-    from gemfilter_jax.reporting import files, html, terminal
-    from gemfilter_jax.sampling import Sampling
-
     text = options.read_prompt(FLAGS)
     if FLAGS.report:
         files.check_writable(FLAGS.report, "report")
+
+    from rich.console import Console
+
+    from gemfilter_jax.reporting import html, terminal
+    from gemfilter_jax.sampling import Sampling
+
     console = Console(stderr=True)
     model = options.load_pipeline(FLAGS)
     method = options.chosen_method(FLAGS, model)

@@ -11,6 +11,7 @@ import sys
 
 from absl import flags
 
+from gemfilter_jax import files
 from gemfilter_jax.cli import command, options
 
 FLAGS = flags.FlagValues()
@@ -22,13 +23,14 @@ options.define_filter(FLAGS)
 
 def main(_: list[str]) -> None:
     """The command."""
-    from rich.console import Console
-
-    from gemfilter_jax.reporting import files, html, terminal
-
     text = options.read_prompt(FLAGS)
     if FLAGS.report:
         files.check_writable(FLAGS.report, "report")
+
+    from rich.console import Console
+
+    from gemfilter_jax.reporting import html, terminal
+
     model = options.load_pipeline(FLAGS, only_selects=True)
     method = options.chosen_method(FLAGS, model)
     with terminal.reading_progress(Console(stderr=True)) as progress:

@@ -1,8 +1,11 @@
 """One self-contained HTML page: the whole prompt with the kept passages highlighted."""
 
+from typing import TYPE_CHECKING
+
 import jinja2
 
-from gemfilter_jax.pipeline import KeptText
+if TYPE_CHECKING:  # so that a command's mistakes are told before JAX is imported
+    from gemfilter_jax.pipeline import KeptText
 
 _PAGE = jinja2.Environment(autoescape=True).from_string("""\
 <!DOCTYPE html>
@@ -40,7 +43,7 @@ mark { background: #ffe58a; color: #000; }
 """)
 
 
-def page(kept: KeptText, question: str | None = None, answer: str | None = None) -> str:
+def page(kept: "KeptText", question: str | None = None, answer: str | None = None) -> str:
     """The page as a string; all text is escaped."""
     pieces, reached = [], 0
     for number, (start, end) in enumerate(kept.spans, 1):

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import (
@@ -16,14 +17,15 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from gemfilter_jax import filtering
-from gemfilter_jax.checkpoints.weights import BytesRead
-from gemfilter_jax.pipeline import KeptText
+if TYPE_CHECKING:  # so that a command's mistakes are told before JAX is imported
+    from gemfilter_jax.checkpoints.weights import BytesRead
+    from gemfilter_jax.filtering import Progress as TokensRead
+    from gemfilter_jax.pipeline import KeptText
 
 _CONTEXT = 60  # characters shown, dimmed, on both sides of a kept passage
 
 
-def show_kept(console: Console, kept: KeptText) -> None:
+def show_kept(console: Console, kept: "KeptText") -> None:
     """Print each kept passage highlighted, with its character offsets and a little of what stands around it."""
     for start, end in kept.spans:
         line = Text(f"[{start:,}-{end:,}] ", style="cyan")
@@ -37,7 +39,7 @@ def _one_line(text: str) -> str:
     return " ".join(text.split("\n"))
 
 
-def closing_lines(kept: KeptText, layers: str, timings: Mapping[str, float]) -> str:
+def closing_lines(kept: "KeptText", layers: str, timings: Mapping[str, float]) -> str:
     """Tokens read and kept, layers run, seconds per stage: two lines."""
     share = kept.kept_tokens / kept.prompt_tokens
     seconds = ", ".join(f"{stage} {value:.2f} s" for stage, value in timings.items())
@@ -55,7 +57,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 
 @contextlib.contextmanager
-def reading_progress(console: Console) -> Iterator[filtering.Progress]:
+def reading_progress(console: Console) -> Iterator["TokensRead"]:
     """A bar of tokens read by stage 1; gone once all are, so that an answer can be streamed."""
     columns = (
         TextColumn("reading"),
@@ -76,7 +78,7 @@ def reading_progress(console: Console) -> Iterator[filtering.Progress]:
 
 
 @contextlib.contextmanager
-def loading_progress(console: Console) -> Iterator[BytesRead]:
+def loading_progress(console: Console) -> Iterator["BytesRead"]:
     """A bar of the bytes of weights that are read; gone once all are."""
     columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=console, transient=True) as bar:

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
 import os
 import pathlib
@@ -19,6 +19,14 @@ def check_writable(path: str, flag: str) -> None:
             pass
     except OSError as error:
         raise UserError(f"--{flag}={path}: cannot be written ({error.strerror})") from error
+
+
+def check_new_folder(folder: pathlib.Path) -> None:
+    """Raise a `UserError` if `folder` exists or cannot be made."""
+    if folder.exists():
+        raise UserError(f"--output={folder}: exists already; give a new folder")
+    if not folder.absolute().parent.is_dir():
+        raise UserError(f"--output={folder}: folder {folder.parent} does not exist; create it first")
 
 
 def write_whole(path: str, text: str) -> None:
