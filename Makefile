@@ -34,7 +34,7 @@ test: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/basedpyright
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 bench: $(READY)
 	$(BIN)/gemfilter bench --lengths=1024,2048,4096,7900 --keep=512 --output=bench.json
