@@ -62,7 +62,8 @@ class Case:
 
 def haystack(characters: int, seed: int) -> str:
     """At least `characters` of essays, whole paragraphs, the same for the same seed."""
-    paragraphs = importlib.resources.files("gemfilter_jax.evaluation").joinpath("essays.txt").read_text("utf-8").strip().split("\n\n")
+    essays = importlib.resources.files("gemfilter_jax.evaluation").joinpath("essays.txt").read_text("utf-8")
+    paragraphs = essays.strip().split("\n\n")
     order = random.Random(seed)
     text = ""
     while len(text) < characters:
