@@ -1,83 +1,176 @@
 """The one door to attention. Axes as in `models.decoder`; no implementation here makes an S x S array."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 
 _BLOCK = 512  # queries and keys per block: the fastest of 64..1024 on two AVX-512 cores at S = 8192, E = 64
+_BAND_BLOCK = 256  # of a tri_shape: what lies outside the band in a block is computed for nothing
 _MASKED = -1e30  # finite, so that a row without any visible key yields numbers instead of NaN
 
 
+@dataclasses.dataclass(frozen=True)
+class TriShape:
+    """Which keys a query sees besides the last rows' full view: linear in S (cf. Li et al. 2024, arXiv 2410.05258).
+
+    Attributes:
+      first: keys at the start of the prompt that every later query sees.
+      band: keys right before a query that it sees, its own included.
+      last: so many rows at the end of each prompt see all keys before them.
+    """
+
+    first: int = 64
+    band: int = 512
+    last: int = 64
+
+
 def causal(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, lengths: jax.Array, window: jax.typing.ArrayLike | None = None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    lengths: jax.Array,
+    window: jax.typing.ArrayLike | None = None,
+    pattern: TriShape | None = None,
 ) -> jax.Array:
     """Causal self-attention of a right-padded prompt, blockwise with an online softmax (Dao et al. 2022).
 
-    Blocks above the diagonal or before every row's window, and query blocks that hold only padding, are skipped. A
-    real row never sees padding, because padding lies to its right.
+    Blocks above the diagonal or outside what every row of a block sees, and query blocks that hold only padding, are
+    skipped. A real row never sees padding, because padding lies to its right.
 
     Args:
       q: [B, S, H, E]. k, v: [B, S, G, E]. lengths: [B].
       window: how many keys a query sees, its own included, may be traced; None for all before it.
+      pattern: None for dense attention; a tri_shape sees nothing beyond `window` either.
 
     Returns:
       [B, S, H, E] in q's dtype; rows of padding are unspecified but finite.
     """
     with jax.named_scope("attention"):
         length = q.shape[1]
-        block = min(_BLOCK, length)
+        block = min(_BLOCK if pattern is None else _BAND_BLOCK, length)
         padding = -length % block
         if padding:
             q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k, v))
-        return _blockwise(q, k, v, lengths, block, window)[:, :length]
+        out = _blockwise(q, k, v, lengths, block, window, pattern)[:, :length]
+        if pattern is None or pattern.last == 0:
+            return out
+        positions = lengths[:, None] - min(pattern.last, length) + jnp.arange(min(pattern.last, length))
+        last = jnp.take_along_axis(q, jnp.maximum(positions, 0)[..., None, None], axis=1)
+        dense = rows(last, positions, k, v, window=window)
+        columns = jnp.where(positions < 0, length, positions)  # a prompt shorter than that has no such row
+        return out.at[jnp.arange(len(out))[:, None], columns].set(dense, mode="drop")
 
 
 def _blockwise(
-    q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array, block: int, window: jax.typing.ArrayLike | None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lengths: jax.Array,
+    block: int,
+    window: jax.typing.ArrayLike | None,
+    pattern: TriShape | None,
 ) -> jax.Array:
     groups, repeats = k.shape[2], q.shape[2] // k.shape[2]
-    precision = _precision(q)
     scaled = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
     query_blocks = rearrange(scaled, "b (n s) (g r) e -> n b g (r s) e", s=block, g=groups)
     k, v = rearrange(k, "b s g e -> b g s e"), rearrange(v, "b s g e -> b g s e")
     ahead = jnp.tile(jnp.arange(block)[:, None] - jnp.arange(block), (repeats, 1))  # of a query to a key in one block
     last_block = (jnp.max(lengths) - 1) // block
+    near = window
+    if pattern is not None:
+        near = pattern.band if window is None else jnp.minimum(window, pattern.band)
 
-    def attend(index, rows):
+    def attend(index, queries):
         def accumulate(j, carry, diagonal=False):
-            acc, peak, total = carry
             kj = jax.lax.dynamic_slice_in_dim(k, j * block, block, axis=2)
             vj = jax.lax.dynamic_slice_in_dim(v, j * block, block, axis=2)
-            logits = jnp.einsum("bgqe,bgke->bgqk", rows, kj, precision=precision, preferred_element_type=jnp.float32)
             distance = ahead + (index - j) * block
-            if diagonal:
-                logits = jnp.where(distance >= 0, logits, _MASKED)
-            if window is not None:
-                logits = jnp.where(distance < window, logits, _MASKED)
-            new_peak = jnp.maximum(peak, logits.max(axis=-1))
-            mass = jnp.exp(logits - new_peak[..., None])
-            decay = jnp.exp(peak - new_peak)
-            update = jnp.einsum(
-                "bgqk,bgke->bgqe", mass.astype(vj.dtype), vj, precision=precision, preferred_element_type=jnp.float32
-            )
-            return acc * decay[..., None] + update, new_peak, total * decay + mass.sum(axis=-1)
+            seen = [distance >= 0] if diagonal else []
+            if near is not None:
+                seen.append(distance < near)
+            return _accumulate(queries, kj, vj, seen, carry)
 
-        empty = (
-            jnp.zeros(rows.shape, jnp.float32),
-            jnp.full(rows.shape[:-1], _MASKED),
-            jnp.zeros(rows.shape[:-1], jnp.float32),
-        )
-        first = 0 if window is None else jnp.maximum(index * block - window + 1, 0) // block
-        below = jax.lax.fori_loop(first, index, accumulate, empty)
-        acc, _, total = accumulate(index, below, diagonal=True)
-        return (acc / total[..., None]).astype(q.dtype)
+        carry = _nothing(queries)
+        if pattern is not None and pattern.first:
+            first = min(pattern.first, k.shape[2])
+            distance = ahead[:, :1] + index * block - jnp.arange(first)
+            seen = [distance >= near] if window is None else [distance >= near, distance < window]
+            carry = _accumulate(queries, k[:, :, :first], v[:, :, :first], seen, carry)
+        start = 0 if near is None else jnp.maximum(index * block - near + 1, 0) // block
+        carry = jax.lax.fori_loop(start, index, accumulate, carry)
+        return _finished(accumulate(index, carry, diagonal=True), q.dtype)
 
-    def attend_unless_padding(index_and_rows):
-        index, rows = index_and_rows
-        return jax.lax.cond(index <= last_block, attend, lambda _, rows: jnp.zeros_like(rows), index, rows)
+    def attend_unless_padding(index_and_queries):
+        index, queries = index_and_queries
+        return jax.lax.cond(index <= last_block, attend, lambda _, queries: jnp.zeros_like(queries), index, queries)
 
     out = jax.lax.map(attend_unless_padding, (jnp.arange(len(query_blocks)), query_blocks))
     return rearrange(out, "n b g (r s) e -> b (n s) (g r) e", r=repeats)
+
+
+_Sums = tuple[jax.Array, jax.Array, jax.Array]  # of an online softmax: weighted values, largest logit, total mass
+
+
+def _nothing(queries: jax.Array) -> _Sums:
+    """The sums before any key was seen, for queries [B, G, Q, E]."""
+    shape = queries.shape[:-1]
+    return jnp.zeros(queries.shape, jnp.float32), jnp.full(shape, _MASKED), jnp.zeros(shape, jnp.float32)
+
+
+def _accumulate(queries: jax.Array, k: jax.Array, v: jax.Array, seen: list[jax.Array], sums: _Sums) -> _Sums:
+    """Add keys and values [B, G, K, E] where all of `seen`, broadcast to [B, G, Q, K], is true."""
+    acc, peak, total = sums
+    precision = _precision(queries)
+    logits = jnp.einsum("bgqe,bgke->bgqk", queries, k, precision=precision, preferred_element_type=jnp.float32)
+    for visible in seen:
+        logits = jnp.where(visible, logits, _MASKED)
+    new_peak = jnp.maximum(peak, logits.max(axis=-1))
+    mass = jnp.exp(logits - new_peak[..., None])
+    decay = jnp.exp(peak - new_peak)
+    update = jnp.einsum(
+        "bgqk,bgke->bgqe", mass.astype(v.dtype), v, precision=precision, preferred_element_type=jnp.float32
+    )
+    return acc * decay[..., None] + update, new_peak, total * decay + mass.sum(axis=-1)
+
+
+def _finished(sums: _Sums, dtype: jax.typing.DTypeLike) -> jax.Array:
+    acc, _, total = sums
+    return (acc / total[..., None]).astype(dtype)
+
+
+def rows(
+    q: jax.Array, positions: jax.Array, k: jax.Array, v: jax.Array, *, window: jax.typing.ArrayLike | None = None
+) -> jax.Array:
+    """Dense causal attention of some rows of a sequence, blockwise over its keys.
+
+    Args:
+      q: [B, R, H, E]. positions: int [B, R], where the rows stand in the sequence. k, v: [B, S, G, E].
+      window: how many keys a query sees, its own included, may be traced; None for all before it.
+
+    Returns:
+      [B, R, H, E] in q's dtype; rows at negative positions are unspecified but finite.
+    """
+    with jax.named_scope("attention_rows"):
+        groups, repeats = k.shape[2], q.shape[2] // k.shape[2]
+        block = min(_BLOCK, k.shape[1])
+        padding = ((0, 0), (0, -k.shape[1] % block), (0, 0), (0, 0))
+        k, v = (rearrange(jnp.pad(x, padding), "b s g e -> b g s e") for x in (k, v))
+        queries = rearrange(q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype), "b s (g r) e -> b g (r s) e", g=groups)
+        own = jnp.tile(positions, (1, repeats))[:, None, :, None]
+
+        def accumulate(j, sums):
+            distance = own - (j * block + jnp.arange(block))
+            seen = [distance >= 0] if window is None else [distance >= 0, distance < window]
+            kj = jax.lax.dynamic_slice_in_dim(k, j * block, block, axis=2)
+            vj = jax.lax.dynamic_slice_in_dim(v, j * block, block, axis=2)
+            return _accumulate(queries, kj, vj, seen, sums)
+
+        blocks = jnp.max(positions) // block + 1
+        out = _finished(jax.lax.fori_loop(0, blocks, accumulate, _nothing(queries)), q.dtype)
+        return rearrange(out, "b g (r s) e -> b s (g r) e", r=repeats)
 
 
 def one_row(

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from gemfilter_jax import sampling as sampling_lib
+from gemfilter_jax.attention import TriShape
 from gemfilter_jax.config import LongRope
 from gemfilter_jax.kv_cache import KVCache
 from gemfilter_jax.models.decoder import Decoder
@@ -18,7 +19,7 @@ from gemfilter_jax.sampling import Sampling
 from gemfilter_jax.scoring import Normalisation, score_keys
 
 
-@functools.partial(jax.jit, static_argnames=("window", "normalisation"))
+@functools.partial(jax.jit, static_argnames=("window", "normalisation", "pattern"))
 def score_prompt(
     model: Decoder,
     ids: jax.Array,
@@ -28,18 +29,19 @@ def score_prompt(
     *,
     window: int,
     normalisation: Normalisation,
+    pattern: TriShape | None = None,
 ) -> jax.Array:
     """Stage 1: a score for every prompt token.
 
     Args:
       ids: int32 [B, S]. lengths: int32 [B]. filter_layer: r. head_weights: float32 [H].
-      window: W. normalisation: see `scoring.score_keys`.
+      window: W. normalisation: see `scoring.score_keys`. pattern: of attention, None for dense.
 
     Returns:
       float32 [B, S].
     """
     with jax.named_scope("filter"):
-        q, k, rows = model.keys_and_last_queries(ids, lengths, filter_layer, window)
+        q, k, rows = model.keys_and_last_queries(ids, lengths, filter_layer, window, pattern)
         return score_keys(q, rows, k, head_weights=head_weights, normalisation=normalisation)
 
 

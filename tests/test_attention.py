@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from gemfilter_jax import attention
+from gemfilter_jax.attention import TriShape
 
 _TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 
-_causal = jax.jit(attention.causal)
+_causal = jax.jit(attention.causal, static_argnames="pattern")
+_rows = jax.jit(attention.rows)
 _one_row = jax.jit(attention.one_row)
 
 
@@ -39,14 +41,24 @@ def _numpy(*arrays: jax.Array) -> list[np.ndarray]:
 
 
 def _check_causal(
-    q: jax.Array, k: jax.Array, v: jax.Array, lengths: tuple[int, ...], tolerance: float, window: int | None = None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lengths: tuple[int, ...],
+    tolerance: float,
+    window: int | None = None,
+    pattern: TriShape | None = None,
 ) -> None:
-    out = _causal(q, k, v, lengths=jnp.asarray(lengths, jnp.int32), window=window)
+    out = _causal(q, k, v, lengths=jnp.asarray(lengths, jnp.int32), window=window, pattern=pattern)
     assert out.dtype == q.dtype
     assert jnp.isfinite(out).all()
     q, k, v, out = _numpy(q, k, v, out)
     for row, length in enumerate(lengths):
         visible = np.tri(length, dtype=bool)
+        if pattern is not None:
+            visible &= ~np.tri(length, k=-pattern.band, dtype=bool)
+            visible[:, : pattern.first] = np.tri(length, dtype=bool)[:, : pattern.first]
+            visible[max(length - pattern.last, 0) :] = np.tri(length, dtype=bool)[max(length - pattern.last, 0) :]
         if window is not None:
             visible &= ~np.tri(length, k=-window, dtype=bool)
         want = _attend(q[row, :length], k[row, :length], v[row, :length], visible)
@@ -78,6 +90,38 @@ def test_causal_within_a_window(window):
     _check_causal(*_random(lengths, 4, 2, "float32"), lengths, _TOLERANCE["float32"], window)
 
 
+@pytest.mark.parametrize("window", [None, 300, 60])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        TriShape(),
+        TriShape(first=0, band=100, last=0),
+        TriShape(first=300, band=1, last=1),
+        TriShape(first=5, band=700, last=333),
+        TriShape(first=3000, band=3000, last=3000),
+    ],
+)
+def test_tri_shape_equals_the_reference(pattern, window):
+    """First tokens, bands and last rows that end inside blocks, reach over several, and exceed the prompt."""
+    lengths = (1101, 700, 30)
+    _check_causal(*_random(lengths, 4, 2, "float32"), lengths, _TOLERANCE["float32"], window, pattern)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_rows_equal_the_reference(window):
+    lengths = (1300, 600, 5)
+    q, k, v = _random(lengths, 4, 2, "float32", queries=7)
+    positions = np.asarray(lengths)[:, None] - 7 + np.arange(7)
+    out = _rows(q, jnp.asarray(positions), k, v, window=window)
+    q, k, v, out = _numpy(q, k, v, out)
+    for row, length in enumerate(lengths):
+        distance = positions[row][:, None] - np.arange(length)
+        visible = (distance >= 0) & (distance < (window or length))
+        real = positions[row] >= 0
+        want = _attend(q[row][real], k[row, :length], v[row, :length], visible[real])
+        assert np.abs(out[row][real] - want).max() < _TOLERANCE["float32"]
+
+
 def test_causal_survives_large_logits():
     """Whole numbers and E = 16 make the logits, up to thousands, exact in float32: only the softmax can err."""
     lengths = (700, 90)
@@ -101,11 +145,12 @@ def test_one_row_equals_the_reference(heads, groups, window, dtype):
         assert np.abs(out[row] - want).max() < _TOLERANCE[dtype]
 
 
-def test_causal_makes_no_square_array():
+@pytest.mark.parametrize("pattern", [None, TriShape()])
+def test_causal_makes_no_square_array(pattern):
     """All temporaries of the compiled program together are smaller than an S x S array of single bytes."""
     length = 8192
     q = jax.ShapeDtypeStruct((1, length, 4, 8), jnp.float32)
     k = jax.ShapeDtypeStruct((1, length, 2, 8), jnp.float32)
     lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
-    memory = _causal.lower(q, k, k, lengths=lengths).compile().memory_analysis()
+    memory = _causal.lower(q, k, k, lengths=lengths, pattern=pattern).compile().memory_analysis()
     assert memory.temp_size_in_bytes < length**2

@@ -214,8 +214,18 @@ class Decoder(nnx.Module):
             return None
         return jnp.asarray([window or _ALL for window in self.config.sliding_windows], jnp.int32)[index]
 
-    def hidden_states(self, ids: jax.Array, lengths: jax.Array, layers: jax.typing.ArrayLike) -> jax.Array:
-        """The residual stream [B, S, D] that enters layer `layers`, for ids [B, S]. No cache is kept."""
+    def hidden_states(
+        self,
+        ids: jax.Array,
+        lengths: jax.Array,
+        layers: jax.typing.ArrayLike,
+        pattern: attention.TriShape | None = None,
+    ) -> jax.Array:
+        """The residual stream [B, S, D] that enters layer `layers`, for ids [B, S]. No cache is kept.
+
+        Args:
+          pattern: of attention, None for dense.
+        """
         table = rotary_table(self.config, jnp.arange(ids.shape[1])[None], lengths)
 
         def body(index, x):
@@ -223,12 +233,19 @@ class Decoder(nnx.Module):
                 layer = self.layer(index)
                 normed = layer.attention_norm(x)
                 q, k, v = layer.queries(normed, table), layer.keys(normed, table), layer.values(normed)
-                return layer.close(x, attention.causal(q, k, v, lengths=lengths, window=self._window(index)))
+                window = self._window(index)
+                attended = attention.causal(q, k, v, lengths=lengths, window=window, pattern=pattern)
+                return layer.close(x, attended)
 
         return jax.lax.fori_loop(0, layers, body, self.embedding[...][ids])
 
     def keys_and_last_queries(
-        self, ids: jax.Array, lengths: jax.Array, layer: jax.typing.ArrayLike, window: int
+        self,
+        ids: jax.Array,
+        lengths: jax.Array,
+        layer: jax.typing.ArrayLike,
+        window: int,
+        pattern: attention.TriShape | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """What the filter needs of layer `layer`, and nothing past it.
 
@@ -237,12 +254,13 @@ class Decoder(nnx.Module):
 
         Args:
           ids: [B, S]. lengths: [B]. layer: 0-based index, may be traced. window: W.
+          pattern: of the attention in the layers before it, None for dense.
 
         Returns:
           q [B, W, H, E] and k [B, S, G, E], both after rotary, and rows [B, W], the positions of q; a row before the
           start of a prompt shorter than W has a negative position and a meaningless q.
         """
-        x = self.hidden_states(ids, lengths, layer)
+        x = self.hidden_states(ids, lengths, layer, pattern)
         with jax.named_scope("filter_layer"):
             last = self.layer(layer)
             table = rotary_table(self.config, jnp.arange(ids.shape[1])[None], lengths)
