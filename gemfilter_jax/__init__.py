@@ -12,6 +12,7 @@ import importlib
 _HOMES = {
     "load": "pipeline",
     "Pipeline": "pipeline",
+    "Document": "pipeline",
     "Result": "pipeline",
     "KeptText": "pipeline",
     "GemFilter": "methods",

@@ -1,6 +1,7 @@
 """The one door to attention. Axes as in `models.decoder`; no implementation here makes an S x S array."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,19 +12,22 @@ _BAND_BLOCK = 256  # of a tri_shape: what lies outside the band in a block is co
 _MASKED = -1e30  # finite, so that a row without any visible key yields numbers instead of NaN
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["tails"], meta_fields=["first", "band", "room"])
 @dataclasses.dataclass(frozen=True)
 class TriShape:
-    """Which keys a query sees besides the last rows' full view: linear in S (cf. Li et al. 2024, arXiv 2410.05258).
+    """First tokens, a local band and dense last rows: attention that is linear in S.
 
     Attributes:
-      first: keys at the start of the prompt that every later query sees.
+      tails: int [B], rows at the end of each prompt that see all keys before them.
+      first: keys at the start of the prompt that every query after them sees.
       band: keys right before a query that it sees, its own included.
-      last: so many rows at the end of each prompt see all keys before them.
+      room: no tail has more rows than this.
     """
 
-    first: int = 64
-    band: int = 512
-    last: int = 64
+    tails: jax.Array
+    first: int
+    band: int
+    room: int
 
 
 def causal(
@@ -55,12 +59,14 @@ def causal(
         if padding:
             q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k, v))
         out = _blockwise(q, k, v, lengths, block, window, pattern)[:, :length]
-        if pattern is None or pattern.last == 0:
+        if pattern is None or pattern.room == 0:
             return out
-        positions = lengths[:, None] - min(pattern.last, length) + jnp.arange(min(pattern.last, length))
+        room = min(pattern.room, length)
+        positions = lengths[:, None] - room + jnp.arange(room)
         last = jnp.take_along_axis(q, jnp.maximum(positions, 0)[..., None, None], axis=1)
         dense = rows(last, positions, k, v, window=window)
-        columns = jnp.where(positions < 0, length, positions)  # a prompt shorter than that has no such row
+        in_tail = positions >= jnp.maximum(lengths - pattern.tails, 0)[:, None]
+        columns = jnp.where(in_tail, positions, length)
         return out.at[jnp.arange(len(out))[:, None], columns].set(dense, mode="drop")
 
 

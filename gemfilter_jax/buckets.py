@@ -9,3 +9,11 @@ def bucket(size: int, smallest: int = 16) -> int:
             return power * 3 // 2
         power *= 2
     return power
+
+
+def buckets_to(size: int) -> list[int]:
+    """All buckets up to the one that holds `size`."""
+    sizes = [bucket(1)]
+    while sizes[-1] < size:
+        sizes.append(bucket(sizes[-1] + 1))
+    return sizes

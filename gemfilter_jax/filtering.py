@@ -1,25 +1,21 @@
 """Stage 1 on the host: prompts in, kept token indices out; prompts beyond the context in segments and rounds."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemfilter_jax import selection, two_stage
+from gemfilter_jax import passes, segments, selection
 from gemfilter_jax.buckets import bucket
-from gemfilter_jax.config import ModelConfig
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.methods import GemFilter
 from gemfilter_jax.models.decoder import Decoder
+from gemfilter_jax.passes import Progress
 from gemfilter_jax.prompts import Prompt
-from gemfilter_jax.scoring import Normalisation
-
-Progress = Callable[[int, int], None]
-"""Told (tokens read, tokens to read) as stage 1 goes on."""
+from gemfilter_jax.reading import Reading
 
 _select = jax.jit(selection.select, static_argnames=("capacity", "pooling", "kernel"))
-_SEGMENTS = 4  # within reach: attention costs less in short segments, the template and question more
 
 
 def keep_tokens(
@@ -27,32 +23,52 @@ def keep_tokens(
 ) -> list[np.ndarray]:
     """The indices of the tokens that `method` keeps of each prompt, increasing.
 
-    A prompt beyond the model's reach (its context, or the filter layer's sliding window) is first cut into segments of
-    a quarter of that, each with the template's head and the question around it; the best tokens of all segments, as
-    many as one segment holds (or `keep`, if that is more), then go through the filter together.
+    A prompt beyond the model's reach (its context, or the filter layer's sliding window) is cut into segments of a
+    quarter of that, each with the template's head and the question around it; the best tokens of all segments are
+    kept, at once or in `method.rounds`.
 
     Raises:
       UserError: the method does not fit the model or a prompt.
     """
     for prompt in prompts:
         check(model, prompt, method)
-    reach = _reach(model.config, method)
-    left = [_left_by_segments(reach, prompt, method) for prompt in prompts]
-    waiting = [row for row, tokens in enumerate(left) if tokens > method.keep]
-    count = _Counter(
-        progress,
-        sum(left[row] for row in waiting) + sum(len(prompt) for prompt in prompts if len(prompt) > reach),
-    )
-    kept = [
-        _best_of_segments(model, prompt, method, count) if len(prompt) > reach else np.arange(len(prompt))
-        for prompt in prompts
-    ]
-    if waiting:
-        passed = _best_of_whole(model, [prompts[row] for row in waiting], [kept[row] for row in waiting], method)
-        for row, rows in zip(waiting, passed, strict=True):
-            kept[row] = rows
-        count.add(sum(left[row] for row in waiting))
+    kept = [np.arange(len(prompt)) for prompt in prompts]
+    limit = segments.reach(model.config, method)
+    count = _Counter(progress, sum(_to_read(prompt, method, limit) for prompt in prompts))
+    together: dict[bool, list[int]] = {}  # prompts that pass whole, in one batch for each form of attention
+    for index, prompt in enumerate(prompts):
+        if len(prompt) > limit:
+            kept[index] = _in_rounds(model, prompt, method, count)
+        elif len(prompt) > method.keep:
+            together.setdefault(passes.is_tri_shape(method, len(prompt) - prompt.head - prompt.tail), []).append(index)
+    for indices in together.values():
+        own = [prompts[index] for index in indices]
+        rows = [kept[index] for index in indices]
+        for index, best in zip(indices, _best_of_whole(model, own, rows, method), strict=True):
+            kept[index] = best
+        count.add(sum(map(len, own)))
     return kept
+
+
+def keep_tokens_of_document(
+    model: Decoder, prompt: Prompt, method: GemFilter, reading: Reading, *, progress: Progress | None = None
+) -> np.ndarray:
+    """As `keep_tokens` of one prompt whose document has been read already.
+
+    Args:
+      reading: whose `key` is the prompt's.
+
+    Raises:
+      UserError: the method does not fit the model or the prompt.
+    """
+    check(model, prompt, method)
+    if len(prompt) <= method.keep:
+        return np.arange(len(prompt))
+    whole = len(prompt) <= segments.reach(model.config, method)
+    scores = reading.scores(model, prompt, method)
+    if whole:
+        return _chosen([scores], [prompt], [np.arange(len(prompt))], method)[0]
+    return _in_rounds(model, prompt, method, _Counter(progress, _to_read(prompt, method, 0) - len(prompt)), scores)
 
 
 class _Counter:
@@ -78,139 +94,118 @@ def check(model: Decoder, prompt: Prompt, method: GemFilter) -> None:
         raise UserError(
             f"filter layer {method.filter_layer} is beyond the first {model.held_layers} layers, which alone are loaded"
         )
-    for name in ("keep", "window", "kernel", "chunk"):
+    for name in ("keep", "window", "kernel", "chunk", "band"):
         if getattr(method, name) < 1:
             raise UserError(f"{name} is {getattr(method, name)}, expected at least 1 token")
+    if method.first_tokens < 0:
+        raise UserError(f"first_tokens is {method.first_tokens}, expected at least 0")
+    if method.share is not None and not (0 < method.share <= 1 and method.normalisation != "none"):
+        raise UserError(
+            f"share is {method.share}, expected more than 0 and at most 1, and a rule whose scores are probabilities"
+        )
     if method.head_weights is not None and len(method.head_weights) != config.heads:
         raise UserError(f"{len(method.head_weights)} head weights were given; the model has {config.heads} query heads")
     required = prompt.head + prompt.tail
-    if method.keep_required and method.keep < min(required, len(prompt)):
+    for keep in (*method.rounds, method.keep):
+        if method.keep_required and keep < min(required, len(prompt)):
+            raise UserError(
+                f"keep is {keep}, but the template and the question alone are {required} tokens; keep more than that"
+            )
+    segments.check_room(config, prompt, method)
+    limit = segments.reach(config, method)
+    if len(prompt) > limit and method.positions == "original":
         raise UserError(
-            f"keep is {method.keep}, but the template and the question alone are {required} tokens; keep more than that"
-        )
-    reach = _reach(config, method)
-    if len(prompt) > reach and _document_room(reach, prompt) < method.chunk:
-        raise UserError(
-            f"the template and the question take {required} tokens, which leaves no room for the document in a "
-            f"segment of {reach // _SEGMENTS} tokens; ask a shorter question"
-        )
-    if len(prompt) > reach and method.positions == "original":
-        raise UserError(
-            f"original positions need a prompt within the model's context of {reach} tokens, this one has {len(prompt)}"
+            f"original positions need a prompt within the model's context of {limit} tokens, this one has {len(prompt)}"
         )
 
 
-def _reach(config: ModelConfig, method: GemFilter) -> int:
-    """The longest prompt that is filtered in one pass: past a sliding window, probabilities would all be zero."""
-    return config.context if method.normalisation == "none" else config.reach(method.filter_layer)
+def _budgets(prompt: Prompt, method: GemFilter) -> list[int]:
+    """Tokens that each round of a prompt beyond reach leaves, falling."""
+    budgets = [max(keep, prompt.head + prompt.tail) for keep in (*method.rounds, method.keep)]
+    return [keep for index, keep in enumerate(budgets) if keep < min([len(prompt), *budgets[:index]])]
 
 
-def _document_room(reach: int, prompt: Prompt) -> int:
-    """Document tokens in a segment."""
-    return reach // _SEGMENTS - prompt.head - prompt.tail
+def _to_read(prompt: Prompt, method: GemFilter, limit: int) -> int:
+    """Tokens that pass through the filter, over all rounds."""
+    if len(prompt) > limit:
+        budgets = _budgets(prompt, method)
+        return sum([len(prompt), *budgets[:-1]]) if budgets else 0
+    return len(prompt) if len(prompt) > method.keep else 0
 
 
-def _left_by_segments(reach: int, prompt: Prompt, method: GemFilter) -> int:
-    """Tokens of a prompt before its last pass: all of one within reach, else what its segments leave of it."""
-    if len(prompt) <= reach:
-        return len(prompt)
-    around = prompt.head + prompt.tail
-    return min(len(prompt), around + max(_document_room(reach, prompt), method.keep - around))
-
-
-def _best_of_segments(model: Decoder, prompt: Prompt, method: GemFilter, count: _Counter) -> np.ndarray:
-    """The first round of a prompt beyond reach: score every segment, keep what one pass holds."""
-    reach = _reach(model.config, method)
+def _in_rounds(
+    model: Decoder, prompt: Prompt, method: GemFilter, count: _Counter, first: np.ndarray | None = None
+) -> np.ndarray:
+    """What is kept of a prompt beyond reach; `first` are the scores of its first round, if they are known."""
     rows = np.arange(len(prompt))
+    budgets = _budgets(prompt, method)
+    for keep in budgets:
+        if first is None:
+            scores = _scores_in_pieces(model, prompt, rows, method, count)
+        else:
+            scores, first = first, None
+        last = keep == budgets[-1]
+        rows = _chosen([scores], [prompt], [rows], method, keep=None if last else keep)[0]
+    return rows
+
+
+def _scores_in_pieces(
+    model: Decoder, prompt: Prompt, rows: np.ndarray, method: GemFilter, count: _Counter
+) -> np.ndarray:
+    """A score for each of some rows of a prompt, read in as many passes as they need; 0 for required ones."""
+    scores = np.zeros(len(rows), np.float32)
     head, tail = rows[: prompt.head], rows[len(rows) - prompt.tail :]
-    normalisation: Normalisation = "sink" if method.normalisation == "softmax" else method.normalisation
-    scores = []
-    for document in _segments(prompt, method, _document_room(reach, prompt)):
-        segment = np.concatenate([head, document, tail])
-        scored = _scores(model, [prompt.ids[segment]], method, normalisation, width=bucket(reach // _SEGMENTS))
-        scores.append(scored[0, prompt.head : len(segment) - prompt.tail])
-        count.add(len(document))
-    count.add(len(head) + len(tail))
-    padded = np.zeros((1, bucket(len(rows))), np.float32)
-    padded[0, prompt.head : len(rows) - prompt.tail] = np.concatenate(scores)
-    keep = _left_by_segments(reach, prompt, method)
-    return _kept(padded, [prompt], [rows], method, keep=keep, required=True)[0]
-
-
-def _segments(prompt: Prompt, method: GemFilter, room: int) -> list[np.ndarray]:
-    """The document's rows, cut into pieces of up to `room` tokens between chunks."""
-    chunks = _chunks(prompt, method)
-    start, end, segments = prompt.head, len(prompt) - prompt.tail, []
-    while start < end:
-        stop = min(start + room, end)
-        if stop < end:
-            stop = int(np.searchsorted(chunks, chunks[stop]))  # where the chunk that would be cut begins
-        segments.append(np.arange(start, stop))
-        start = stop
-    return segments
-
-
-def _chunks(prompt: Prompt, method: GemFilter) -> np.ndarray:
-    """int [S], the number of each token's chunk; chunks begin anew at the document's first and past its last token."""
-    rows = np.arange(len(prompt))
-    within = (rows >= prompt.head).astype(int) + (rows >= len(prompt) - prompt.tail)
-    pieces = np.stack([within, prompt.sentences if method.sentences else within])
-    begins = np.flatnonzero(np.diff(pieces, axis=1, prepend=-1).any(axis=0))
-    sizes = np.diff(begins, append=len(prompt))
-    parts = -(-sizes // method.chunk)  # a piece longer than a chunk is cut into so many
-    lengths = -(-sizes // parts) if method.sentences else np.full_like(sizes, method.chunk)
-    piece = np.repeat(np.arange(len(begins)), sizes)
-    return np.cumsum(np.append(0, parts))[piece] + (rows - begins[piece]) // lengths[piece]
+    whole = len(rows) <= segments.reach(model.config, method)
+    width = bucket(len(rows) if whole else segments.segment_length(model.config, method))
+    done = prompt.head
+    parts = segments.pieces(model.config, prompt, rows, method)
+    longest = max(map(len, parts))
+    for piece in parts:
+        ids = prompt.ids[np.concatenate([head, piece, tail])]
+        scored = passes.scores(model, [ids], [prompt], method, whole=whole, document=longest, width=width)[0]
+        scores[done : done + len(piece)] = scored[prompt.head : prompt.head + len(piece)]
+        done += len(piece)
+        count.add(len(piece))
+    count.add(prompt.head + prompt.tail)
+    return scores
 
 
 def _best_of_whole(
-    model: Decoder, prompts: Sequence[Prompt], candidates: list[np.ndarray], method: GemFilter
+    model: Decoder, prompts: Sequence[Prompt], rows: list[np.ndarray], method: GemFilter
 ) -> list[np.ndarray]:
-    """The last round: every prompt, or what is left of it, in one pass."""
-    ids = [prompt.ids[rows] for prompt, rows in zip(prompts, candidates, strict=True)]
-    scores = _scores(model, ids, method, method.normalisation, width=bucket(max(map(len, ids))))
-    return _kept(scores, prompts, candidates, method, keep=method.keep, required=method.keep_required)
+    """What is kept of prompts within reach, all in one pass."""
+    ids = [prompt.ids for prompt in prompts]
+    document = max(len(prompt) - prompt.head - prompt.tail for prompt in prompts)
+    width = bucket(max(map(len, ids)))
+    scores = passes.scores(model, ids, prompts, method, whole=True, document=document, width=width)
+    return _chosen(list(scores), prompts, rows, method)
 
 
-def _scores(
-    model: Decoder, ids: list[np.ndarray], method: GemFilter, normalisation: Normalisation, *, width: int
-) -> np.ndarray:
-    weights = method.head_weights or (1.0,) * model.config.heads
-    padded, lengths = pad(ids, width)
-    return np.asarray(
-        two_stage.score_prompt(
-            model,
-            padded,
-            lengths,
-            jnp.int32(method.filter_layer),
-            jnp.asarray(weights, jnp.float32),
-            window=method.window,
-            normalisation=normalisation,
-        )
-    )
-
-
-def _kept(
-    scores: np.ndarray,
+def _chosen(
+    scores: list[np.ndarray],
     prompts: Sequence[Prompt],
     candidates: list[np.ndarray],
     method: GemFilter,
     *,
-    keep: int,
-    required: bool,
+    keep: int | None = None,
 ) -> list[np.ndarray]:
-    """The kept ones of each prompt's candidates, whose scores are [B, S]."""
-    always = np.zeros(scores.shape, bool)
-    chunks = np.zeros(scores.shape, np.int32)
+    """The kept ones of each prompt's candidates, which have a score each: `keep` of them, or as the method says."""
+    width = bucket(max(map(len, candidates)))
+    padded = np.zeros((len(prompts), width), np.float32)
+    always = np.zeros(padded.shape, bool)
+    chunks = np.zeros(padded.shape, np.int32)
     for row, (prompt, rows) in enumerate(zip(prompts, candidates, strict=True)):
-        always[row, : len(rows)] = prompt.required[rows] & required
-        chunks[row, : len(rows)] = _chunks(prompt, method)[rows]
+        padded[row, : len(rows)] = scores[row][: len(rows)]
+        always[row, : len(rows)] = prompt.required[rows] & (method.keep_required or keep is not None)
+        chunks[row, : len(rows)] = segments.chunks(prompt, method)[rows]
         chunks[row, len(rows) :] = len(prompt)
     kept = _select(
-        scores,
+        padded,
         np.array([len(rows) for rows in candidates], np.int32),
-        keep=jnp.int32(keep),
-        capacity=min(bucket(keep), scores.shape[1]),
+        keep=jnp.int32(keep or method.keep),
+        capacity=min(bucket(keep or method.keep), width),
+        share=None if keep or method.share is None else jnp.float32(method.share),
+        least=jnp.int32(method.least),
         required=always,
         pooling=method.pooling,
         kernel=method.kernel,
@@ -218,11 +213,3 @@ def _kept(
     )
     indices, counts = np.asarray(kept.indices), np.asarray(kept.lengths)
     return [rows[indices[row, : counts[row]]] for row, rows in enumerate(candidates)]
-
-
-def pad(rows: Sequence[np.ndarray], width: int) -> tuple[jax.Array, jax.Array]:
-    """Rows of token ids, padded on the right to int32 [B, width], and their true lengths int32 [B]."""
-    padded = np.zeros((len(rows), width), np.int32)
-    for index, row in enumerate(rows):
-        padded[index, : len(row)] = row
-    return jnp.asarray(padded), jnp.asarray([len(row) for row in rows], jnp.int32)

@@ -1,4 +1,4 @@
-"""The key/value cache of stage 2: written once by the prompt, then one token per row and step."""
+"""Keys and values that are kept: of a document for the filter, and stage 2's cache, which grows by a token a step."""
 
 import dataclasses
 
@@ -53,3 +53,29 @@ class KVCache:
     def advanced_to(self, lengths: jax.Array) -> "KVCache":
         """The cache with `lengths` tokens filled in each row, once every layer has been written."""
         return dataclasses.replace(self, lengths=lengths)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FilterState:
+    """Keys and values of the beginnings of B prompts, up to the layer r that filters.
+
+    Attributes:
+      keys, values: [r, B, S, G, E], of the layers before it.
+      last_keys: [B, S, G, E], its own.
+      lengths: int32 [B], how many of the S are real.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    last_keys: jax.Array
+    lengths: jax.Array
+
+    def positions(self, count: int) -> jax.Array:
+        """int [B, count], of the tokens that follow."""
+        return self.lengths[:, None] + jnp.arange(count)
+
+    def followed(self, kept: jax.Array, new: jax.Array) -> jax.Array:
+        """Keys or values kept [B, S, G, E] and behind each row's real ones the new [B, T, G, E]: [B, S + T, G, E]."""
+        room = jnp.pad(kept, ((0, 0), (0, new.shape[1]), (0, 0), (0, 0)))
+        return room.at[jnp.arange(len(new))[:, None], self.positions(new.shape[1])].set(new)

@@ -6,6 +6,8 @@ from typing import Literal
 from gemfilter_jax.scoring import Normalisation
 from gemfilter_jax.selection import Pooling
 
+FilterAttention = Literal["auto", "dense", "tri_shape"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Full:
@@ -21,6 +23,9 @@ class GemFilter:
     Attributes:
       filter_layer: r, 0-based: layers 0..r-1 run, layer r's keys and queries score.
       keep: K, tokens kept, required ones included.
+      share: keep no more chunks than hold this share of the document's score, rounded up to a bucket, instead of K
+        tokens in any case; None for K.
+      least: tokens kept at least where `share` decides.
       window: W, observation rows at the end of the prompt.
       normalisation: see `scoring.score_keys`; prompts cut into segments are scored with "sink" in place of "softmax".
       head_weights: one weight for each query head, or None for all heads alike.
@@ -28,11 +33,19 @@ class GemFilter:
       chunk: P, at most so many tokens are ranked and kept together.
       sentences: chunks are whole sentences, of which those beyond P tokens are cut evenly; else P tokens each.
       keep_required: always keep the template's head, the question and the assistant header.
+      filter_attention: of the layers before r: "dense" as published, "tri_shape" (each row sees `first_tokens`, a
+        `band` of keys before it, and the last rows see everything), which is linear in S, or "auto", tri_shape for
+        prompts of more than twice the band.
+      band, first_tokens: see `attention.TriShape`.
+      rounds: of a prompt beyond the model's reach, the tokens that are left for each further pass through the filter;
+        none if the first pass chooses the K.
       positions: rotary positions of the kept tokens in stage 2: "compact" (0..K-1, as published) or "original".
     """
 
     filter_layer: int
     keep: int = 1024
+    share: float | None = None
+    least: int = 128
     window: int = 32
     normalisation: Normalisation = "softmax"
     head_weights: tuple[float, ...] | None = None
@@ -41,6 +54,10 @@ class GemFilter:
     chunk: int = 64
     sentences: bool = True
     keep_required: bool = True
+    filter_attention: FilterAttention = "auto"
+    band: int = 512
+    first_tokens: int = 64
+    rounds: tuple[int, ...] = ()
     positions: Literal["compact", "original"] = "compact"
 
     @classmethod
@@ -56,6 +73,7 @@ class GemFilter:
             chunk=1,
             sentences=False,
             keep_required=False,
+            filter_attention="dense",
         )
 
 

@@ -1,21 +1,24 @@
 """Text in, answer and kept passages out."""
 
 import dataclasses
+import os
+import pathlib
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemfilter_jax import filtering, two_stage
+from gemfilter_jax import filtering, passes, reading, two_stage
 from gemfilter_jax.buckets import bucket
 from gemfilter_jax.checkpoints import Checkpoint, Opened, load_checkpoint
 from gemfilter_jax.checkpoints.weights import BytesRead
 from gemfilter_jax.errors import UserError
-from gemfilter_jax.filtering import Progress
 from gemfilter_jax.methods import Full, GemFilter, Method
+from gemfilter_jax.passes import Progress
 from gemfilter_jax.presets import Preset, preset_for
 from gemfilter_jax.prompts import MESSAGE_FORMAT, Prompt, encode
+from gemfilter_jax.reading import Reading
 from gemfilter_jax.sampling import GREEDY, Sampling
 from gemfilter_jax.timing import Stopwatch
 
@@ -158,6 +161,28 @@ class Pipeline:
         prompts, kept = self._filter(texts, questions, method, watch, progress)
         return self._answer(prompts, kept, method, max_new_tokens, sampling, seed, watch)
 
+    def document(
+        self, text: str, *, method: GemFilter | None = None, cache: str | os.PathLike | None = None
+    ) -> "Document":
+        """A text to ask many questions of.
+
+        Args:
+          method: what to keep for each question; the preset's default rule if None.
+          cache: a folder in which what was read is kept for other processes too: about as many bytes as keys and
+            values of the filter's layers take; made if it does not exist.
+        """
+        return Document(self, text, method or self.method(), None if cache is None else pathlib.Path(cache))
+
+    def _encode(self, text: str, question: str | None, method: Method) -> Prompt:
+        return encode(
+            self.checkpoint.tokenizer,
+            text,
+            question,
+            window=method.window if isinstance(method, GemFilter) else 0,
+            chat_template=self.chat_template,
+            message_format=self.message_format,
+        )
+
     def _filter(
         self,
         texts: Sequence[str],
@@ -166,19 +191,8 @@ class Pipeline:
         watch: Stopwatch,
         progress: Progress | None,
     ) -> tuple[list[Prompt], list[np.ndarray]]:
-        window = method.window if isinstance(method, GemFilter) else 0
         with watch.stage("tokenize"):
-            prompts = [
-                encode(
-                    self.checkpoint.tokenizer,
-                    text,
-                    question,
-                    window=window,
-                    chat_template=self.chat_template,
-                    message_format=self.message_format,
-                )
-                for text, question in zip(texts, questions, strict=True)
-            ]
+            prompts = [self._encode(text, question, method) for text, question in zip(texts, questions, strict=True)]
         if isinstance(method, Full):
             return prompts, [np.arange(len(prompt)) for prompt in prompts]
         with watch.stage("filter"):
@@ -205,10 +219,10 @@ class Pipeline:
                 f"{model.config.context}; keep fewer"
             )
         width = bucket(longest)
-        ids, lengths = filtering.pad([prompt.ids[rows] for prompt, rows in zip(prompts, kept, strict=True)], width)
+        ids, lengths = passes.pad([prompt.ids[rows] for prompt, rows in zip(prompts, kept, strict=True)], width)
         positions = jnp.arange(width, dtype=jnp.int32)[None].repeat(len(prompts), axis=0)
         if isinstance(method, GemFilter) and method.positions == "original":
-            positions, _ = filtering.pad(kept, width)
+            positions, _ = passes.pad(kept, width)
         with watch.stage("prefill"):
             state = two_stage.begin(
                 model,
@@ -258,6 +272,64 @@ class Pipeline:
             selection=_kept_text(prompt, kept),
             timings=timings,
         )
+
+
+class Document:
+    """A text that is read once and asked many questions.
+
+    The first question reads it; what the layers up to the filter's keep of it (2 * r * G * E numbers a token) stays in
+    memory for the others, which then cost their own tokens in the filter, and the answer. They get what
+    `Pipeline.generate` would give them.
+    """
+
+    def __init__(self, model: Pipeline, text: str, method: GemFilter, cache: pathlib.Path | None):
+        self._model, self._text, self._method, self._cache = model, text, method, cache
+        self._reading: Reading | None = None
+
+    def ask(
+        self,
+        question: str,
+        *,
+        max_new_tokens: int = 128,
+        sampling: Sampling = GREEDY,
+        seed: int = 0,
+        on_text: Callable[[str], None] | None = None,
+        progress: Progress | None = None,
+    ) -> Result:
+        """Answer a question; arguments and errors as of `Pipeline.generate`. `timings` has "read" if the text was."""
+        watch = Stopwatch()
+        prompt, kept = self._filter(question, watch, progress)
+        return self._model._answer([prompt], [kept], self._method, max_new_tokens, sampling, seed, watch, on_text)[0]
+
+    def select(self, question: str, *, progress: Progress | None = None) -> tuple[KeptText, dict[str, float]]:
+        """What is kept for a question, and seconds per stage; see `Pipeline.select`."""
+        watch = Stopwatch()
+        prompt, kept = self._filter(question, watch, progress)
+        return _kept_text(prompt, kept), watch.timings
+
+    def _filter(self, question: str, watch: Stopwatch, progress: Progress | None) -> tuple[Prompt, np.ndarray]:
+        model, method = self._model.checkpoint.model, self._method
+        with watch.stage("tokenize"):
+            prompt = self._model._encode(self._text, question, method)
+        filtering.check(model, prompt, method)
+        if len(prompt) <= method.keep:
+            return prompt, np.arange(len(prompt))
+        if self._reading is None or self._reading.key != reading.key(model, prompt, method):
+            with watch.stage("read"):
+                self._reading = self._read(prompt, progress)
+        with watch.stage("filter"):
+            return prompt, filtering.keep_tokens_of_document(model, prompt, method, self._reading, progress=progress)
+
+    def _read(self, prompt: Prompt, progress: Progress | None) -> Reading:
+        model, method = self._model.checkpoint.model, self._method
+        saved = reading.load(model, prompt, method, self._cache) if self._cache else None
+        if saved:
+            return saved
+        self._reading = None  # so that two of them are never in memory
+        made = reading.read(model, prompt, method, progress=progress)
+        if self._cache:
+            reading.save(made, self._cache)
+        return made
 
 
 def _kept_text(prompt: Prompt, kept: np.ndarray) -> KeptText:

@@ -23,7 +23,7 @@ def score_keys(
     Args:
       q: [B, W, H, E], queries after rotary. rows: int [B, W], their positions; negative ones do not count.
       k: [B, S, G, E], keys after rotary.
-      head_weights: float [H].
+      head_weights: float [H], or [N, H] for N weightings at once.
       normalisation: what becomes of the inner products of a row and the keys up to its own position.
         "none": summed as they are, without scale, over all keys (GemFilter, arXiv 2409.17422, section 3).
         "softmax": attention probabilities.
@@ -31,15 +31,16 @@ def score_keys(
         segment's own softmax is not.
 
     Returns:
-      float32 [B, S]. Keys of padding score too under "none": mask them by length.
+      float32 [B, S], or [B, N, S] for N weightings. Keys of padding score too under "none": mask them by length.
     """
     with jax.named_scope("scoring"):
         groups = k.shape[2]
         weighted = head_weights.astype(jnp.float32)
         if normalisation == "none":
-            counted = q.astype(jnp.float32) * weighted[:, None] * (rows >= 0)[..., None, None]
-            summed = reduce(counted, "b w (g r) e -> b g e", "sum", g=groups)
-            return jnp.einsum("bge,bsge->bs", summed, k, precision="highest", preferred_element_type=jnp.float32)
+            counted = reduce(q.astype(jnp.float32) * (rows >= 0)[..., None, None], "b w h e -> b h e", "sum")
+            counted = rearrange(counted, "b (g r) e -> b g r e", g=groups)
+            summed = jnp.einsum("bgre,...gr->b...ge", counted, _by_group(weighted, groups), precision="highest")
+            return jnp.einsum("b...ge,bsge->b...s", summed, k, precision="highest", preferred_element_type=jnp.float32)
         return _masses(q, rows, k, weighted, from_sink=normalisation == "sink")
 
 
@@ -62,10 +63,15 @@ def _masses(q: jax.Array, rows: jax.Array, k: jax.Array, head_weights: jax.Array
         per_block = jax.lax.map(lambda x: jax.nn.logsumexp(logits(*x), axis=-1), numbered)
         reference = jax.nn.logsumexp(per_block, axis=0)
 
-    weights = rearrange(head_weights, "(g r) -> g r", g=groups)
+    weights = _by_group(head_weights, groups)
 
     def mass(numbered_block):
         relative = logits(*numbered_block) - jnp.where(jnp.isfinite(reference), reference, 0.0)[..., None]
-        return jnp.einsum("bgrws,gr->bs", jnp.exp(jnp.minimum(relative, _LARGEST_EXPONENT)), weights)
+        return jnp.einsum("bgrws,...gr->b...s", jnp.exp(jnp.minimum(relative, _LARGEST_EXPONENT)), weights)
 
-    return rearrange(jax.lax.map(mass, numbered), "n b s -> b (n s)")[:, :length]
+    return rearrange(jax.lax.map(mass, numbered), "n b ... s -> b ... (n s)")[..., :length]
+
+
+def _by_group(head_weights: jax.Array, groups: int) -> jax.Array:
+    """[..., H] -> [..., G, H / G]."""
+    return rearrange(head_weights, "... (g r) -> ... g r", g=groups)

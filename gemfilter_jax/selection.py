@@ -7,6 +7,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from gemfilter_jax.buckets import buckets_to
+
 Pooling = Literal["none", "mean", "max"]
 
 _BEST_OF_CHUNK = 4  # a chunk scores the mean of this many of its best tokens
@@ -66,6 +68,42 @@ def chunk_scores(scores: jax.Array, counted: jax.Array, chunks: jax.Array) -> ja
     return jnp.where(count > 0, per_chunk(jnp.where(taken, -falling, 0.0)) / jnp.maximum(count, 1), -jnp.inf)
 
 
+def rank(
+    scores: jax.Array,
+    lengths: jax.Array,
+    *,
+    required: jax.Array | None = None,
+    pooling: Pooling = "none",
+    kernel: int = 1,
+    chunks: jax.Array | None = None,
+) -> jax.Array:
+    """float32 [B, S] by which tokens are chosen: inf for required ones, -inf for padding, else finite; see `select`."""
+    real = jnp.arange(scores.shape[1]) < lengths[:, None]
+    free = real if required is None else real & ~required
+    neutral = 0.0 if pooling == "mean" else -jnp.inf
+    ranked = pool(jnp.where(free, scores, neutral), pooling, kernel)
+    if chunks is not None:
+        ranked = chunk_scores(ranked, free, chunks)
+    limits = jnp.finfo(jnp.float32)
+    ranked = jnp.clip(jnp.where(jnp.isnan(ranked), limits.min, ranked), limits.min, limits.max)
+    ranked = jnp.where(ranked == 0, 0.0, ranked)  # top_k would rank -0.0 below 0.0
+    return jnp.where(free, ranked, jnp.where(real, jnp.inf, -jnp.inf))
+
+
+def holding(scores: jax.Array, ranked: jax.Array, share: jax.typing.ArrayLike) -> jax.Array:
+    """How many of the best tokens, int32 [B], hold `share` of the score of all tokens that are free to be chosen.
+
+    Args:
+      scores: float32 [B, S], none negative. ranked: [B, S], what `rank` makes of them. Required tokens count as kept.
+    """
+    required, free = jnp.isposinf(ranked), jnp.isfinite(ranked)
+    order = jnp.argsort(jnp.where(free, -ranked, jnp.inf), axis=1, stable=True)
+    mass = jnp.take_along_axis(jnp.where(free, scores, 0.0), order, axis=1)
+    before = jnp.cumsum(mass, axis=1) - mass
+    wanted = (before < share * mass.sum(axis=1, keepdims=True)) & jnp.take_along_axis(free, order, axis=1)
+    return (required.sum(axis=1) + wanted.sum(axis=1)).astype(jnp.int32)
+
+
 def select(
     scores: jax.Array,
     lengths: jax.Array,
@@ -76,6 +114,8 @@ def select(
     pooling: Pooling = "none",
     kernel: int = 1,
     chunks: jax.Array | None = None,
+    share: jax.typing.ArrayLike | None = None,
+    least: jax.typing.ArrayLike = 0,
 ) -> Selection:
     """Keep the best tokens of each row.
 
@@ -85,25 +125,21 @@ def select(
 
     Args:
       scores: float32 [B, S]. lengths: int [B].
-      keep: K or fewer, may be traced. capacity: K, the width of the result.
+      keep: K or fewer, a number or one for each row, may be traced. capacity: K, the width of the result.
       required: bool [B, S]. pooling, kernel: see `pool`.
       chunks: int [B, S], see `chunk_scores`; whole chunks are ranked and only the last one kept may be cut. None ranks
         tokens.
+      share: keep no more than hold this share of the free tokens' score, rounded up to a bucket; None for `keep`.
+      least: tokens that are kept whatever `share` says.
     """
     with jax.named_scope("selection"):
         length = scores.shape[1]
-        real = jnp.arange(length) < lengths[:, None]
-        free = real if required is None else real & ~required
-        neutral = 0.0 if pooling == "mean" else -jnp.inf
-        ranked = pool(jnp.where(free, scores, neutral), pooling, kernel)
-        if chunks is not None:
-            ranked = chunk_scores(ranked, free, chunks)
-        # Free tokens stay finite, so that they rank below every required token and above all padding.
-        limits = jnp.finfo(jnp.float32)
-        ranked = jnp.clip(jnp.where(jnp.isnan(ranked), limits.min, ranked), limits.min, limits.max)
-        ranked = jnp.where(ranked == 0, 0.0, ranked)  # top_k would rank -0.0 below 0.0
-        ranked = jnp.where(free, ranked, jnp.where(real, jnp.inf, -jnp.inf))
+        ranked = rank(scores, lengths, required=required, pooling=pooling, kernel=kernel, chunks=chunks)
         width = min(capacity, length)
+        if share is not None:
+            sizes = jnp.asarray(buckets_to(capacity), jnp.int32)
+            wanted = jnp.searchsorted(sizes, jnp.maximum(holding(scores, ranked, share), least))
+            keep = jnp.minimum(keep, sizes[jnp.minimum(wanted, len(sizes) - 1)])
         _, best = jax.lax.top_k(ranked, width)
         kept = jnp.minimum(jnp.asarray(keep, jnp.int32), lengths.astype(jnp.int32))
         indices = jnp.sort(jnp.where(jnp.arange(width) < kept[:, None], best, length), axis=1)

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 from gemfilter_jax import sampling as sampling_lib
 from gemfilter_jax.attention import TriShape
 from gemfilter_jax.config import LongRope
-from gemfilter_jax.kv_cache import KVCache
+from gemfilter_jax.kv_cache import FilterState, KVCache
 from gemfilter_jax.models.decoder import Decoder
 from gemfilter_jax.sampling import Sampling
 from gemfilter_jax.scoring import Normalisation, score_keys
 
 
-@functools.partial(jax.jit, static_argnames=("window", "normalisation", "pattern"))
+@functools.partial(jax.jit, static_argnames=("window", "normalisation"))
 def score_prompt(
     model: Decoder,
     ids: jax.Array,
@@ -35,13 +35,75 @@ def score_prompt(
 
     Args:
       ids: int32 [B, S]. lengths: int32 [B]. filter_layer: r. head_weights: float32 [H].
-      window: W. normalisation: see `scoring.score_keys`. pattern: of attention, None for dense.
+      window: W. normalisation: see `scoring.score_keys`.
+      pattern: of attention, None for dense.
 
     Returns:
       float32 [B, S].
     """
     with jax.named_scope("filter"):
         q, k, rows = model.keys_and_last_queries(ids, lengths, filter_layer, window, pattern)
+        return score_keys(q, rows, k, head_weights=head_weights, normalisation=normalisation)
+
+
+@functools.partial(jax.jit, static_argnames=("layers", "window", "normalisation"))
+def score_heads(
+    model: Decoder,
+    ids: jax.Array,
+    lengths: jax.Array,
+    *,
+    layers: int,
+    window: int,
+    normalisation: Normalisation,
+    pattern: TriShape | None = None,
+) -> jax.Array:
+    """What each head of each of the first `layers` layers would score alone: float32 [layers, B, H, S]."""
+    each = jnp.eye(model.config.heads)
+
+    def look(q: jax.Array, k: jax.Array, rows: jax.Array) -> jax.Array:
+        return score_keys(q, rows, k, head_weights=each, normalisation=normalisation)
+
+    with jax.named_scope("filter"):
+        return model.at_each_layer(ids, lengths, layers, window, look, pattern)
+
+
+@functools.partial(jax.jit, static_argnames=("filter_layer",))
+def read(
+    model: Decoder,
+    ids: jax.Array,
+    lengths: jax.Array,
+    extents: jax.Array,
+    *,
+    filter_layer: int,
+    pattern: TriShape | None = None,
+) -> FilterState:
+    """Stage 1 of the beginnings of prompts, for any number of endings; see `Decoder.read` and `score_after`."""
+    with jax.named_scope("read"):
+        return model.read(ids, lengths, extents, filter_layer, pattern)
+
+
+@functools.partial(jax.jit, static_argnames=("window", "normalisation"))
+def score_after(
+    model: Decoder,
+    state: FilterState,
+    ids: jax.Array,
+    lengths: jax.Array,
+    head_weights: jax.Array,
+    *,
+    window: int,
+    normalisation: Normalisation,
+) -> jax.Array:
+    """Stage 1 of prompts whose beginnings have been read.
+
+    Args:
+      ids: int32 [B, T], how the prompts go on. lengths: int32 [B], at least `window`.
+      head_weights, window, normalisation: see `score_prompt`.
+
+    Returns:
+      float32 [B, S + T], a score for every token of the beginnings and of what follows them.
+    """
+    with jax.named_scope("filter"):
+        q, k, rows = model.keys_and_last_queries_after(state, ids, lengths, window)
         return score_keys(q, rows, k, head_weights=head_weights, normalisation=normalisation)
 
 

@@ -10,7 +10,7 @@ from gemfilter_jax.attention import TriShape
 
 _TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 
-_causal = jax.jit(attention.causal, static_argnames="pattern")
+_causal = jax.jit(attention.causal)
 _rows = jax.jit(attention.rows)
 _one_row = jax.jit(attention.one_row)
 
@@ -58,7 +58,8 @@ def _check_causal(
         if pattern is not None:
             visible &= ~np.tri(length, k=-pattern.band, dtype=bool)
             visible[:, : pattern.first] = np.tri(length, dtype=bool)[:, : pattern.first]
-            visible[max(length - pattern.last, 0) :] = np.tri(length, dtype=bool)[max(length - pattern.last, 0) :]
+            tail = max(length - int(pattern.tails[row]), 0)
+            visible[tail:] = np.tri(length, dtype=bool)[tail:]
         if window is not None:
             visible &= ~np.tri(length, k=-window, dtype=bool)
         want = _attend(q[row, :length], k[row, :length], v[row, :length], visible)
@@ -94,15 +95,16 @@ def test_causal_within_a_window(window):
 @pytest.mark.parametrize(
     "pattern",
     [
-        TriShape(),
-        TriShape(first=0, band=100, last=0),
-        TriShape(first=300, band=1, last=1),
-        TriShape(first=5, band=700, last=333),
-        TriShape(first=3000, band=3000, last=3000),
+        TriShape(np.array([64, 50, 64]), first=64, band=512, room=64),
+        TriShape(np.array([0, 0, 0]), first=0, band=100, room=0),
+        TriShape(np.array([1, 0, 2]), first=300, band=1, room=2),
+        TriShape(np.array([200, 333, 333]), first=5, band=700, room=333),
+        TriShape(np.array([3000, 3000, 3000]), first=3000, band=3000, room=3000),
     ],
+    ids=lambda pattern: f"first {pattern.first}, band {pattern.band}, tails up to {pattern.room}",
 )
 def test_tri_shape_equals_the_reference(pattern, window):
-    """First tokens, bands and last rows that end inside blocks, reach over several, and exceed the prompt."""
+    """First tokens, bands and tails that end inside blocks, reach over several, and exceed the prompt."""
     lengths = (1101, 700, 30)
     _check_causal(*_random(lengths, 4, 2, "float32"), lengths, _TOLERANCE["float32"], window, pattern)
 
@@ -145,7 +147,7 @@ def test_one_row_equals_the_reference(heads, groups, window, dtype):
         assert np.abs(out[row] - want).max() < _TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("pattern", [None, TriShape()])
+@pytest.mark.parametrize("pattern", [None, TriShape(np.array([64]), first=64, band=512, room=64)])
 def test_causal_makes_no_square_array(pattern):
     """All temporaries of the compiled program together are smaller than an S x S array of single bytes."""
     length = 8192

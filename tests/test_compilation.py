@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from gemfilter_jax import filtering, two_stage
+from gemfilter_jax import filtering, passes, two_stage
 from gemfilter_jax.methods import GemFilter
 from gemfilter_jax.sampling import GREEDY, Sampling
 
@@ -34,8 +34,8 @@ def _run(lengths: list[int], method: GemFilter, sampling: Sampling, *, seed: int
     model = tiny.decoder()
     prompts = [tiny.prompt_of(tiny.random_ids(length), head=3, tail=4) for length in lengths]
     kept = filtering.keep_tokens(model, prompts, method)
-    ids, counts = filtering.pad([prompt.ids[rows] for prompt, rows in zip(prompts, kept, strict=True)], 32)
-    positions, _ = filtering.pad(kept, 32)
+    ids, counts = passes.pad([prompt.ids[rows] for prompt, rows in zip(prompts, kept, strict=True)], 32)
+    positions, _ = passes.pad(kept, 32)
     state = two_stage.begin(
         model,
         ids,

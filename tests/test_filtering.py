@@ -8,7 +8,7 @@ import pytest
 import tiny
 from flax import nnx
 
-from gemfilter_jax import filtering
+from gemfilter_jax import filtering, passes, segments
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.methods import GemFilter
 from gemfilter_jax.models.decoder import Decoder
@@ -53,13 +53,13 @@ def test_a_sliding_window_bounds_what_is_filtered_in_one_pass(monkeypatch):
     """Of a layer that slides; another layer and the rule without softmax see the whole prompt."""
     config = dataclasses.replace(tiny.CONFIG, sliding_windows=(None, 128, None, None))
     model, widths = Decoder(config, rngs=nnx.Rngs(0)), []
-    scores = filtering._scores
+    scores = passes.scores
 
-    def record(model, ids, method, normalisation, *, width):
+    def record(model, ids, prompts, method, **shape):
         widths.extend(map(len, ids))
-        return scores(model, ids, method, normalisation, width=width)
+        return scores(model, ids, prompts, method, **shape)
 
-    monkeypatch.setattr(filtering, "_scores", record)
+    monkeypatch.setattr(passes, "scores", record)
     prompt = tiny.prompt_of(tiny.random_ids(250), 2, 3)
     for method, longest in (
         (dataclasses.replace(_DEFAULT, filter_layer=1, keep=20), 128 // 4),
@@ -73,7 +73,7 @@ def test_a_sliding_window_bounds_what_is_filtered_in_one_pass(monkeypatch):
 
 
 def test_the_filter_is_not_run_where_everything_is_kept(monkeypatch):
-    monkeypatch.setattr(filtering, "_scores", None)
+    monkeypatch.setattr(passes, "scores", None)
     (rows,) = filtering.keep_tokens(tiny.decoder(), [_prompt(64)], _DEFAULT)
     np.testing.assert_array_equal(rows, np.arange(64))
 
@@ -105,36 +105,36 @@ def score_of_token(monkeypatch) -> dict[int, float]:
     """Scores by token id in place of the model's, 0 for ids that are not in it: what is best is then known."""
     scores: dict[int, float] = {}
 
-    def look_up(model, ids, method, normalisation, *, width):
+    def look_up(model, ids, prompts, method, *, whole, document, width):
         found = np.zeros((len(ids), width), np.float32)
         for row, tokens in enumerate(ids):
             found[row, : len(tokens)] = [scores.get(int(token), 0.0) for token in tokens]
         return found
 
-    monkeypatch.setattr(filtering, "_scores", look_up)
+    monkeypatch.setattr(passes, "scores", look_up)
     return scores
 
 
 def test_segments_are_whole_chunks_between_head_and_tail(monkeypatch):
-    passes: list[np.ndarray] = []
+    passed: list[np.ndarray] = []
 
-    def record(model, ids, method, normalisation, *, width):
-        passes.extend(ids)
+    def record(model, ids, prompts, method, *, whole, document, width):
+        passed.extend(ids)
         return np.zeros((len(ids), width), np.float32)
 
-    monkeypatch.setattr(filtering, "_scores", record)
+    monkeypatch.setattr(passes, "scores", record)
     prompt = tiny.prompt_of(np.arange(1000, dtype=np.int32), _HEAD, _TAIL)
-    method = dataclasses.replace(_DEFAULT, keep=40)
+    method = dataclasses.replace(_DEFAULT, keep=40, rounds=(50,))
     filtering.keep_tokens(tiny.decoder(), [prompt], method)
-    *segments, last = passes
-    document = [segment[_HEAD:-_TAIL] for segment in segments]
+    *cut, last = passed
+    document = [segment[_HEAD:-_TAIL] for segment in cut]
     np.testing.assert_array_equal(np.concatenate(document), np.arange(_HEAD, 1000 - _TAIL))
     assert all((part[0] - _HEAD) % _CHUNK == 0 for part in document)
-    for ids in passes:
+    for ids in passed:
         assert len(ids) <= _SEGMENT
         np.testing.assert_array_equal(ids[:_HEAD], np.arange(_HEAD))
         np.testing.assert_array_equal(ids[-_TAIL:], np.arange(1000 - _TAIL, 1000))
-    assert len(last) > method.keep
+    assert len(last) == 50
 
 
 def _ranked_chunks(score_of_token: dict[int, float], document: int, ranks: np.ndarray):
@@ -159,7 +159,8 @@ def test_chunks_stay_whole_through_the_rounds(score_of_token):
     """The document ends in part of a chunk, the best of all: it must not shift where the next round cuts."""
     ranks = np.append(np.random.default_rng(0).permutation(248), 999)
     prompt = _ranked_chunks(score_of_token, 248 * _CHUNK + 3, ranks)
-    (kept,) = filtering.keep_tokens(tiny.decoder(), [prompt], dataclasses.replace(_DEFAULT, keep=_HEAD + 35 + _TAIL))
+    method = dataclasses.replace(_DEFAULT, keep=_HEAD + 35 + _TAIL, rounds=(300, 51))
+    (kept,) = filtering.keep_tokens(tiny.decoder(), [prompt], method)
     document = kept[~prompt.required[kept]] - _HEAD
     want = [248, *np.argsort(-ranks[:248])[:4]]
     np.testing.assert_array_equal(np.unique(document // _CHUNK), np.sort(want))
@@ -189,7 +190,7 @@ class TestChunks:
     )
     def test_chunks_never_reach_out_of_the_document(self, sentences, chunk, document):
         method = dataclasses.replace(_DEFAULT, chunk=chunk, sentences=sentences)
-        chunks = filtering._chunks(self.prompt(2, 3), method)
+        chunks = segments.chunks(self.prompt(2, 3), method)
         assert (np.diff(chunks) >= 0).all()
         first = chunks[2]
         assert (chunks[2:-3] - first).tolist() == list(document)

@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from gemfilter_jax import two_stage
-from gemfilter_jax.filtering import pad
+from gemfilter_jax.passes import pad
 from gemfilter_jax.sampling import GREEDY, Sampling
 
 _WIDTH = 32

@@ -9,15 +9,17 @@ serves every number of layers.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from gemfilter_jax import attention
+from gemfilter_jax.attention import TriShape
 from gemfilter_jax.config import ModelConfig
 from gemfilter_jax.errors import UserError
-from gemfilter_jax.kv_cache import KVCache
+from gemfilter_jax.kv_cache import FilterState, KVCache
 from gemfilter_jax.models.rotary import rotary_table, rotate
 
 ACTIVATIONS = {
@@ -214,28 +216,33 @@ class Decoder(nnx.Module):
             return None
         return jnp.asarray([window or _ALL for window in self.config.sliding_windows], jnp.int32)[index]
 
+    def _through(
+        self, index: jax.typing.ArrayLike, x: jax.Array, table: _Table, lengths: jax.Array, pattern: TriShape | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """A prompt through layer `index`: the next layer's x [B, S, D], and this one's keys and values [B, S, G, E]."""
+        with jax.named_scope("layer"):
+            layer = self.layer(index)
+            normed = layer.attention_norm(x)
+            q, k, v = layer.queries(normed, table), layer.keys(normed, table), layer.values(normed)
+            attended = attention.causal(q, k, v, lengths=lengths, window=self._window(index), pattern=pattern)
+            return layer.close(x, attended), k, v
+
     def hidden_states(
         self,
         ids: jax.Array,
         lengths: jax.Array,
         layers: jax.typing.ArrayLike,
-        pattern: attention.TriShape | None = None,
+        pattern: TriShape | None = None,
     ) -> jax.Array:
         """The residual stream [B, S, D] that enters layer `layers`, for ids [B, S]. No cache is kept.
 
         Args:
           pattern: of attention, None for dense.
         """
-        table = rotary_table(self.config, jnp.arange(ids.shape[1])[None], lengths)
+        table = self._table(ids, lengths)
 
         def body(index, x):
-            with jax.named_scope("layer"):
-                layer = self.layer(index)
-                normed = layer.attention_norm(x)
-                q, k, v = layer.queries(normed, table), layer.keys(normed, table), layer.values(normed)
-                window = self._window(index)
-                attended = attention.causal(q, k, v, lengths=lengths, window=window, pattern=pattern)
-                return layer.close(x, attended)
+            return self._through(index, x, table, lengths, pattern)[0]
 
         return jax.lax.fori_loop(0, layers, body, self.embedding[...][ids])
 
@@ -245,7 +252,7 @@ class Decoder(nnx.Module):
         lengths: jax.Array,
         layer: jax.typing.ArrayLike,
         window: int,
-        pattern: attention.TriShape | None = None,
+        pattern: TriShape | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """What the filter needs of layer `layer`, and nothing past it.
 
@@ -261,14 +268,91 @@ class Decoder(nnx.Module):
           start of a prompt shorter than W has a negative position and a meaningless q.
         """
         x = self.hidden_states(ids, lengths, layer, pattern)
+        return self._view(layer, x, lengths, window)
+
+    def _view(
+        self, index: jax.typing.ArrayLike, x: jax.Array, lengths: jax.Array, window: int
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """What `keys_and_last_queries` returns, from the x [B, S, D] that enters layer `index`."""
         with jax.named_scope("filter_layer"):
-            last = self.layer(layer)
-            table = rotary_table(self.config, jnp.arange(ids.shape[1])[None], lengths)
-            k = last.keys(last.attention_norm(x), table)
+            layer = self.layer(index)
+            k = layer.keys(layer.attention_norm(x), self._table(x, lengths))
             rows = lengths[:, None] - window + jnp.arange(window)
             x_rows = jnp.take_along_axis(x, jnp.maximum(rows, 0)[..., None], axis=1)
-            q = last.queries(last.attention_norm(x_rows), rotary_table(self.config, rows, lengths))
+            q = layer.queries(layer.attention_norm(x_rows), rotary_table(self.config, rows, lengths))
         return q, k, rows
+
+    def at_each_layer(
+        self,
+        ids: jax.Array,
+        lengths: jax.Array,
+        layers: int,
+        window: int,
+        look: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+        pattern: TriShape | None = None,
+    ) -> jax.Array:
+        """look(q, k, rows) of what `keys_and_last_queries` gives at each of the first `layers` layers, stacked."""
+        table = self._table(ids, lengths)
+
+        def body(x, index):
+            seen = look(*self._view(index, x, lengths, window))
+            return self._through(index, x, table, lengths, pattern)[0], seen
+
+        return jax.lax.scan(body, self.embedding[...][ids], jnp.arange(layers))[1]
+
+    def read(
+        self, ids: jax.Array, lengths: jax.Array, extents: jax.Array, layer: int, pattern: TriShape | None = None
+    ) -> FilterState:
+        """What the filter at `layer` needs of the beginnings of prompts.
+
+        Args:
+          ids: [B, S], the beginnings. lengths: [B], theirs. extents: [B], those of the whole prompts.
+          pattern: of attention, None for dense.
+        """
+        table = self._table(ids, extents)
+
+        def body(x, index):
+            x, k, v = self._through(index, x, table, lengths, pattern)
+            return x, (k, v)
+
+        x, (keys, values) = jax.lax.scan(body, self.embedding[...][ids], jnp.arange(layer))
+        last = self.layer(layer)
+        return FilterState(keys, values, last.keys(last.attention_norm(x), table), lengths)
+
+    def keys_and_last_queries_after(
+        self, state: FilterState, ids: jax.Array, lengths: jax.Array, window: int
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """As `keys_and_last_queries`, of prompts whose beginnings have been read.
+
+        Args:
+          state: of B beginnings. ids: [B, T], what follows them. lengths: [B], how much of it; at least `window`.
+
+        Returns:
+          q [B, W, H, E], k [B, S + T, G, E] and rows [B, W]; k's first entries are the beginning's and what follows it.
+        """
+        table = rotary_table(self.config, state.positions(ids.shape[1]), state.lengths + lengths)
+
+        def body(x, layer_state):
+            index, k, v = layer_state
+            layer = self.layer(index)
+            normed = layer.attention_norm(x)
+            k = state.followed(k, layer.keys(normed, table))
+            v = state.followed(v, layer.values(normed))
+            q, positions = layer.queries(normed, table), state.positions(ids.shape[1])
+            return layer.close(x, attention.rows(q, positions, k, v, window=self._window(index))), None
+
+        stacked = (jnp.arange(len(state.keys)), state.keys, state.values)
+        x, _ = jax.lax.scan(body, self.embedding[...][ids], stacked)
+        last = self.layer(len(state.keys))
+        normed = last.attention_norm(x)
+        k = state.followed(state.last_keys, last.keys(normed, table))
+        observed = lengths[:, None] - window + jnp.arange(window)
+        q = jnp.take_along_axis(last.queries(normed, table), observed[..., None, None], axis=1)
+        return q, k, state.lengths[:, None] + observed
+
+    def _table(self, tokens: jax.Array, lengths: jax.Array) -> _Table:
+        """The rotary table of prompts that begin at position 0, ids or x [B, S, ...]."""
+        return rotary_table(self.config, jnp.arange(tokens.shape[1])[None], lengths)
 
     def prefill(
         self, ids: jax.Array, lengths: jax.Array, positions: jax.Array, cache: KVCache
@@ -287,12 +371,8 @@ class Decoder(nnx.Module):
 
         def body(index, carry):
             x, cache = carry
-            with jax.named_scope("layer"):
-                layer = self.layer(index)
-                normed = layer.attention_norm(x)
-                q, k, v = layer.queries(normed, table), layer.keys(normed, table), layer.values(normed)
-                x = layer.close(x, attention.causal(q, k, v, lengths=lengths, window=self._window(index)))
-                return x, cache.write_prompt(index, k, v)
+            x, k, v = self._through(index, x, table, lengths, None)
+            return x, cache.write_prompt(index, k, v)
 
         x, cache = jax.lax.fori_loop(0, self.config.layers, body, (self.embedding[...][ids], cache))
         last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]

@@ -1,0 +1,161 @@
+"""A document read once for many questions: what the filter's layers keep of it, in memory and on disk."""
+
+import dataclasses
+import hashlib
+import pathlib
+import tempfile
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from gemfilter_jax import passes, segments, two_stage
+from gemfilter_jax.buckets import bucket
+from gemfilter_jax.config import LongRope, ModelConfig
+from gemfilter_jax.errors import UserError
+from gemfilter_jax.kv_cache import FilterState
+from gemfilter_jax.methods import GemFilter
+from gemfilter_jax.models.decoder import Decoder
+from gemfilter_jax.passes import Progress
+from gemfilter_jax.prompts import Prompt
+
+_TOGETHER = 4  # segments that are read in one pass
+_VERSION = "1"  # of what is saved
+
+
+@dataclasses.dataclass(frozen=True)
+class Beginning:
+    """A segment up to where the question begins.
+
+    Attributes:
+      ids: int32 [S], the template's head included.
+      long: whether `LongRope` uses its long table for the whole segment; False under any other scaling.
+    """
+
+    ids: np.ndarray
+    long: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """Keys and values of a document's segments, or of all of it at once, up to the layer that filters.
+
+    Attributes:
+      key: stands for the model, the method's filter pass and the document, see `key`.
+      beginnings: what has been read.
+      states: of up to four beginnings each, in order.
+    """
+
+    key: str
+    beginnings: list[Beginning]
+    states: list[FilterState]
+
+    def scores(self, model: Decoder, prompt: Prompt, method: GemFilter) -> np.ndarray:
+        """float32 [S], a score for each token of a prompt with this document; 0 for required ones."""
+        whole = len(prompt) <= segments.reach(model.config, method)
+        question = prompt.ids[len(prompt) - prompt.tail :]
+        overlap = max(method.window - prompt.tail, 0)  # rows of the document that look for its tokens too
+        scores = np.zeros(len(prompt), np.float32)
+        done = prompt.head
+        for index, state in enumerate(self.states):
+            group = self.beginnings[index * _TOGETHER : (index + 1) * _TOGETHER]
+            endings = [np.concatenate([one.ids[len(one.ids) - overlap :], question]) for one in group]
+            ids, lengths = passes.pad(endings, bucket(prompt.tail + overlap))
+            scored = two_stage.score_after(
+                model,
+                dataclasses.replace(state, lengths=state.lengths - overlap),
+                ids,
+                lengths,
+                passes.head_weights(model, method),
+                window=method.window,
+                normalisation=passes.normalisation(method, whole),
+            )
+            for row, one in zip(np.asarray(scored), group, strict=True):
+                part = row[prompt.head : len(one.ids)]
+                scores[done : done + len(part)] = part
+                done += len(part)
+        return scores
+
+
+def _beginnings(config: ModelConfig, prompt: Prompt, method: GemFilter) -> list[Beginning]:
+    head = prompt.ids[: prompt.head]
+    parts = segments.pieces(config, prompt, np.arange(len(prompt)), method)
+    scaling = config.rope_scaling
+    threshold = scaling.original_context if isinstance(scaling, LongRope) else None
+    around = prompt.head + prompt.tail
+    return [
+        Beginning(np.concatenate([head, prompt.ids[part]]), threshold is not None and around + len(part) > threshold)
+        for part in parts
+    ]
+
+
+def key(model: Decoder, prompt: Prompt, method: GemFilter) -> str:
+    """Hexadecimal digest of all that a reading depends on: weights, filter pass, and the document's token ids.
+
+    Of the weights, one row of each array stands for the whole of it.
+    """
+    digest = hashlib.sha256(_VERSION.encode())
+    digest.update(repr(model.config).encode())
+    for parameter in jax.tree.leaves(model):
+        digest.update(np.asarray(parameter[..., -1, :] if parameter.ndim > 1 else parameter).tobytes())
+    how = (method.filter_layer, method.filter_attention, method.band, method.first_tokens)
+    digest.update(repr(how).encode())
+    for one in _beginnings(model.config, prompt, method):
+        digest.update(repr((len(one.ids), one.long)).encode() + one.ids.tobytes())
+    return digest.hexdigest()
+
+
+def read(model: Decoder, prompt: Prompt, method: GemFilter, *, progress: Progress | None = None) -> Reading:
+    """Read a prompt's document, for this and any other question that leaves its segments as they are."""
+    beginnings = _beginnings(model.config, prompt, method)
+    longest = max(len(one.ids) for one in beginnings)
+    width = bucket(longest if len(beginnings) == 1 else segments.segment_length(model.config, method))
+    states, done = [], 0
+    for start in range(0, len(beginnings), _TOGETHER):
+        group = beginnings[start : start + _TOGETHER]
+        ids, lengths = passes.pad([one.ids for one in group], width)
+        pattern = passes.pattern(method, longest - prompt.head, np.zeros(len(group), np.int32))
+        extents = lengths + prompt.tail
+        states.append(two_stage.read(model, ids, lengths, extents, filter_layer=method.filter_layer, pattern=pattern))
+        jax.block_until_ready(states[-1])
+        done += sum(len(one.ids) for one in group)
+        if progress:
+            progress(done, sum(len(one.ids) for one in beginnings))
+    return Reading(key(model, prompt, method), beginnings, states)
+
+
+def save(reading: Reading, folder: pathlib.Path) -> None:
+    """Write a reading into a folder of readings, where it appears whole or not at all.
+
+    Raises:
+      UserError: the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.absolute(), prefix=".reading.") as aside:
+            written = pathlib.Path(aside) / "states"
+            with ocp.PyTreeCheckpointer() as checkpointer:
+                checkpointer.save(written, _as_tree(reading.states))
+            if not (folder / reading.key).exists():
+                written.rename(folder.absolute() / reading.key)
+    except OSError as error:
+        raise UserError(f"{folder}: the reading of the document cannot be written there ({error.strerror})") from error
+
+
+def load(model: Decoder, prompt: Prompt, method: GemFilter, folder: pathlib.Path) -> Reading | None:
+    """The reading of a prompt's document from a folder of readings; None if it holds none, or a damaged one."""
+    name = key(model, prompt, method)
+    path = folder.absolute() / name
+    if not path.is_dir():
+        return None
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            stored = checkpointer.restore(path)
+        states = [FilterState(**{field: jax.numpy.asarray(array) for field, array in one.items()}) for one in stored]
+    except Exception:  # Orbax and TensorStore raise many kinds for a damaged checkpoint; the document is read again
+        return None
+    return Reading(name, _beginnings(model.config, prompt, method), states)
+
+
+def _as_tree(states: list[FilterState]) -> list[dict[str, jax.Array]]:
+    return [{field.name: getattr(state, field.name) for field in dataclasses.fields(state)} for state in states]

@@ -1,0 +1,70 @@
+"""How a prompt is cut: the chunks that are kept together, and the segments that pass through the filter one by one."""
+
+import numpy as np
+
+from gemfilter_jax.config import ModelConfig
+from gemfilter_jax.errors import UserError
+from gemfilter_jax.methods import GemFilter
+from gemfilter_jax.prompts import Prompt
+
+_SEGMENTS = 4  # within reach: attention costs less in short segments, the template and question more
+_QUESTION_STEP = 64  # room for the question grows by this fraction of the reach
+
+
+def reach(config: ModelConfig, method: GemFilter) -> int:
+    """The longest prompt that is filtered in one pass: past a sliding window, probabilities would all be zero."""
+    return config.context if method.normalisation == "none" else config.reach(method.filter_layer)
+
+
+def segment_length(config: ModelConfig, method: GemFilter) -> int:
+    """Tokens of a segment, template and question included."""
+    return reach(config, method) // _SEGMENTS
+
+
+def check_room(config: ModelConfig, prompt: Prompt, method: GemFilter) -> None:
+    """Raise a `UserError` if a prompt beyond the reach has no room for its document in a segment."""
+    if len(prompt) > reach(config, method) and _room(config, prompt, method) < method.chunk:
+        raise UserError(
+            f"the template and the question take {prompt.head + prompt.tail} tokens, which leaves no room for the "
+            f"document in a segment of {segment_length(config, method)} tokens; ask a shorter question"
+        )
+
+
+def _room(config: ModelConfig, prompt: Prompt, method: GemFilter) -> int:
+    """Document tokens in a segment; questions of about the same length leave the same room."""
+    step = max(reach(config, method) // (_SEGMENTS * _QUESTION_STEP), 1)
+    return segment_length(config, method) - prompt.head - -(-prompt.tail // step) * step
+
+
+def pieces(config: ModelConfig, prompt: Prompt, rows: np.ndarray, method: GemFilter) -> list[np.ndarray]:
+    """The document's part of some rows of a prompt, cut between chunks into what one pass reads: whole if in reach.
+
+    Args:
+      rows: increasing indices of tokens, all required ones among them.
+    """
+    document = rows[prompt.head : len(rows) - prompt.tail]
+    if len(rows) <= reach(config, method):
+        return [document]
+    room = _room(config, prompt, method)
+    numbers = chunks(prompt, method)[document]
+    start, cut = 0, []
+    while start < len(document):
+        stop = min(start + room, len(document))
+        if stop < len(document):
+            stop = int(np.searchsorted(numbers, numbers[stop]))  # where the chunk that would be cut begins
+        cut.append(document[start:stop])
+        start = stop
+    return cut
+
+
+def chunks(prompt: Prompt, method: GemFilter) -> np.ndarray:
+    """int [S], the number of each token's chunk; chunks begin anew at the document's first and past its last token."""
+    rows = np.arange(len(prompt))
+    within = (rows >= prompt.head).astype(int) + (rows >= len(prompt) - prompt.tail)
+    parts = np.stack([within, prompt.sentences if method.sentences else within])
+    begins = np.flatnonzero(np.diff(parts, axis=1, prepend=-1).any(axis=0))
+    sizes = np.diff(begins, append=len(prompt))
+    counts = -(-sizes // method.chunk)  # a part longer than a chunk is cut into so many
+    lengths = -(-sizes // counts) if method.sentences else np.full_like(sizes, method.chunk)
+    part = np.repeat(np.arange(len(begins)), sizes)
+    return np.cumsum(np.append(0, counts))[part] + (rows - begins[part]) // lengths[part]

@@ -1,0 +1,112 @@
+"""A document read once: the same scores and kept tokens as reading it anew, in memory and from disk, or none at all."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+
+from gemfilter_jax import filtering, reading
+from gemfilter_jax.config import LongRope
+from gemfilter_jax.methods import GemFilter
+from gemfilter_jax.models.decoder import Decoder
+
+_METHOD = GemFilter(filter_layer=2, keep=64, window=16, pooling="none", kernel=1, chunk=8, sentences=False)
+_HEAD, _TAIL = 7, 12
+
+
+def _prompt(length: int, question: int = 0, tail: int = _TAIL):
+    """A document that depends on `length` alone, and one of several questions."""
+    ids = tiny.random_ids(length - tail)
+    return tiny.prompt_of(np.concatenate([ids, tiny.random_ids(tail, 1 + question)]), _HEAD, tail)
+
+
+@pytest.mark.parametrize("tail", [_TAIL, 4, 30], ids=["", "question shorter than the window", "longer"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"filter_attention": "tri_shape", "band": 24, "first_tokens": 5},
+        {"normalisation": "none"},
+        {"share": 0.5, "least": 40},
+        {"rounds": (90,)},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("length", [200, 700, 1999])
+def test_other_questions_keep_what_they_keep_anew(length, change, tail):
+    model, method = tiny.decoder(), dataclasses.replace(_METHOD, **change)
+    read = reading.read(model, _prompt(length, tail=tail), method)
+    for question in (0, 1):
+        prompt = _prompt(length, question, tail)
+        assert read.key == reading.key(model, prompt, method)
+        again = filtering.keep_tokens_of_document(model, prompt, method, read)
+        (anew,) = filtering.keep_tokens(model, [prompt], method)
+        np.testing.assert_array_equal(again, anew)
+
+
+def test_a_saved_reading_is_the_same(tmp_path):
+    model, prompt = tiny.decoder(), _prompt(1999)
+    made = reading.read(model, prompt, _METHOD)
+    reading.save(made, tmp_path / "new" / "folder")
+    reading.save(made, tmp_path / "new" / "folder")
+    loaded = reading.load(model, _prompt(1999, question=1), _METHOD, tmp_path / "new" / "folder")
+    assert loaded is not None
+    np.testing.assert_array_equal(loaded.scores(model, prompt, _METHOD), made.scores(model, prompt, _METHOD))
+    assert [path.name for path in (tmp_path / "new" / "folder").iterdir()] == [made.key]
+
+
+def _changed_text(model, prompt, method):
+    ids = prompt.ids.copy()
+    ids[900] += 1
+    return model, dataclasses.replace(prompt, ids=ids), method
+
+
+def _another_model(model, prompt, method):
+    return Decoder(tiny.CONFIG, rngs=nnx.Rngs(1)), prompt, method
+
+
+def _another_layer(model, prompt, method):
+    return model, prompt, dataclasses.replace(method, filter_layer=1)
+
+
+def _another_band(model, prompt, method):
+    return model, prompt, dataclasses.replace(method, band=32)
+
+
+def _a_long_question(model, prompt, method):
+    return model, _prompt(1999, tail=40), method
+
+
+@pytest.mark.parametrize(
+    "change", [_changed_text, _another_model, _another_layer, _another_band, _a_long_question], ids=lambda f: f.__name__
+)
+def test_a_reading_of_something_else_is_not_used(tmp_path, change):
+    before = (tiny.decoder(), _prompt(1999), _METHOD)
+    reading.save(reading.read(*before), tmp_path)
+    assert reading.load(*before, tmp_path) is not None
+    assert reading.load(*change(*before), tmp_path) is None
+
+
+def test_a_damaged_reading_is_read_again(tmp_path):
+    model, prompt = tiny.decoder(), _prompt(700)
+    made = reading.read(model, prompt, _METHOD)
+    reading.save(made, tmp_path)
+    for path in (tmp_path / made.key).rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    assert reading.load(model, prompt, _METHOD, tmp_path) is None
+
+
+def test_long_rope_tells_documents_apart_by_the_table_of_the_whole_prompt():
+    """A question that carries a prompt past the threshold turns every key of its document."""
+    scaling = LongRope((1.0,) * 4, (4.0,) * 4, original_context=100, attention_scaling=1.0)
+    model = Decoder(dataclasses.replace(tiny.CONFIG, rope_scaling=scaling), rngs=nnx.Rngs(0))
+    below, above = (tiny.prompt_of(tiny.random_ids(120)[:length], _HEAD, length - 85) for length in (98, 105))
+    method = dataclasses.replace(_METHOD, keep=40)
+    assert reading.key(model, below, method) != reading.key(model, above, method)
+    for prompt in (below, above):
+        made = reading.read(model, prompt, method)
+        again = filtering.keep_tokens_of_document(model, prompt, method, made)
+        np.testing.assert_array_equal(again, filtering.keep_tokens(model, [prompt], method)[0])
