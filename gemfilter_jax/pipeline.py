@@ -4,6 +4,7 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -88,13 +89,17 @@ class Pipeline:
     chat_template: bool = True
     message_format: str = MESSAGE_FORMAT
 
-    def method(self, rule: str = "default", *, keep: int | None = None, filter_layer: int | None = None) -> GemFilter:
-        """The policy of a rule ("default" or "paper") with the preset's values where none are given."""
+    def method(
+        self, rule: str = "default", *, keep: int | Literal["auto"] | None = None, filter_layer: int | None = None
+    ) -> GemFilter:
+        """The policy of a rule ("default" or "paper") with the preset's values where none are given.
+
+        Args:
+          keep: tokens to keep, or "auto": as many as hold most of the score, up to the preset's number.
+        """
         if rule not in RULES:
             raise UserError(f"rule {rule!r} is unknown; one of {', '.join(RULES)}")
-        method = self.preset.method(rule)
-        given = {"keep": keep, "filter_layer": filter_layer}
-        return dataclasses.replace(method, **{name: value for name, value in given.items() if value is not None})
+        return self.preset.method(rule, keep, filter_layer)
 
     def select(
         self,

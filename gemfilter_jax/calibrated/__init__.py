@@ -1,0 +1,1 @@
+"""Presets that `gemfilter calibrate` wrote for models that are known by their shape."""
