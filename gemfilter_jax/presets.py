@@ -44,7 +44,9 @@ class Preset:
         """r of one of the rules "default" and "paper"."""
         return self.paper_layer if rule == "paper" else self.default.filter_layer
 
-    def method(self, rule: str, keep: int | Literal["auto"] | None = None, filter_layer: int | None = None) -> GemFilter:
+    def method(
+        self, rule: str, keep: int | Literal["auto"] | None = None, filter_layer: int | None = None
+    ) -> GemFilter:
         """The policy of one of the rules "default" and "paper", with the preset's values where none are given.
 
         Raises:
