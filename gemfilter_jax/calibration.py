@@ -5,7 +5,8 @@ are then learned on one set of documents and judged on another. Axes: N document
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +15,14 @@ import optax
 
 from gemfilter_jax import passes, segments, selection, two_stage
 from gemfilter_jax.buckets import bucket
+from gemfilter_jax.errors import UserError
+from gemfilter_jax.evaluation import facts
 from gemfilter_jax.evaluation.questions import WHOLE, Case
 from gemfilter_jax.evaluation.summary import wilson
-from gemfilter_jax.methods import GemFilter
+from gemfilter_jax.methods import FilterAttention, GemFilter
 from gemfilter_jax.pipeline import Pipeline
-from gemfilter_jax.prompts import Prompt, encode
+from gemfilter_jax.presets import Preset
+from gemfilter_jax.prompts import encode
 
 _STEPS = 300
 _LEARNING_RATE = 0.1
@@ -47,32 +51,21 @@ class Recorded:
     required: int
 
 
-def record(
-    model: Pipeline, cases: Iterable[Case], method: GemFilter, layers: int, *, done: Callable[[], None]
-) -> list[Recorded]:
-    """What every head of the first `layers` layers scores in each case; `done` is called after each.
+def record(model: Pipeline, case: Case, method: GemFilter, layers: int) -> Recorded:
+    """What every head of the first `layers` layers scores in a case.
 
     Args:
-      method: window, pooling, chunks and attention; cases are no longer than the model's reach.
+      case: no longer than the model's reach.
+      method: its window, pooling, chunks and attention are used.
     """
-    recorded = []
-    for case in cases:
-        prompt = encode(
-            model.checkpoint.tokenizer,
-            case.text,
-            case.question,
-            window=method.window,
-            chat_template=model.chat_template,
-            message_format=model.message_format,
-        )
-        recorded.append(_record(model, prompt, case.spans, method, layers))
-        done()
-    return recorded
-
-
-def _record(
-    model: Pipeline, prompt: Prompt, spans: Sequence[tuple[int, int]], method: GemFilter, layers: int
-) -> Recorded:
+    prompt = encode(
+        model.checkpoint.tokenizer,
+        case.text,
+        case.question,
+        window=method.window,
+        chat_template=model.chat_template,
+        message_format=model.message_format,
+    )
     width = bucket(len(prompt))
     ids, lengths = passes.pad([prompt.ids], width)
     tails = np.array([max(prompt.tail, method.window)])
@@ -107,7 +100,7 @@ def _record(
     return Recorded(
         scores=np.asarray(ranked[:, free[first]]).reshape(layers, -1, len(sizes)),
         sizes=sizes,
-        facts=np.stack([_holders(starts, ends, span) for span in spans]),
+        facts=np.stack([_holders(starts, ends, span) for span in case.spans]),
         required=prompt.head + prompt.tail,
     )
 
@@ -263,6 +256,111 @@ def judge(train: Sequence[Recorded], held_out: Sequence[Recorded], layer: int, b
     )
 
 
-def choose(judged: Sequence[LayerRecall], target: float) -> LayerRecall | None:
-    """The earliest layer whose own heads meet the target at the last budget; None if no layer does."""
-    return next((one for one in judged if one.learned[-1].share >= target), None)
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What to calibrate for, and on what.
+
+    Attributes:
+      keep: the budget to choose the layer for; half of it is measured too.
+      target: share of facts to keep.
+      layers: so many first layers are candidates.
+      tokens: of the texts to judge on; those to learn on have a quarter to half of that.
+      train, held_out: questions to learn on and to judge on.
+      distractors: facts like the asked one in each text.
+      seed: of facts, their places and the texts.
+      filter_attention: see `GemFilter`.
+    """
+
+    keep: int
+    target: float
+    layers: int
+    tokens: int
+    train: int
+    held_out: int
+    distractors: int
+    seed: int
+    filter_attention: FilterAttention
+
+
+def calibrate(
+    model: Pipeline,
+    plan: Plan,
+    *,
+    paragraphs: Sequence[str] | None = None,
+    progress: Callable[[str, int, int], None],
+) -> tuple[list[LayerRecall], Preset]:
+    """Judge every candidate layer, and make a preset of the earliest that meets the target, or of the best.
+
+    Args:
+      paragraphs: to hide facts in; a text for each set that comes with the package if None.
+      progress: called with (stage, done, to do).
+
+    Raises:
+      UserError: texts are longer than the model reads in one pass, or too short for their facts.
+    """
+    method = GemFilter(filter_layer=0, keep=plan.keep, filter_attention=plan.filter_attention)
+    config = model.checkpoint.model.config
+    if plan.tokens > config.context // 2:
+        raise UserError(f"tokens is {plan.tokens}; the model reads {config.context}, at most half of which is tried")
+
+    def recorded(split: facts.SplitName, count: int, sizes: Sequence[int]) -> list[Recorded]:
+        made: list[Recorded] = []
+        for index, size in enumerate(sizes):
+            cases = facts.cases(
+                model.checkpoint.tokenizer,
+                size,
+                len(range(index, count, len(sizes))),
+                split=split,
+                distractors=plan.distractors,
+                seed=plan.seed + index,
+                paragraphs=paragraphs,
+            )
+            for case in cases:
+                made.append(record(model, case, method, plan.layers))
+                progress(f"reading, {split}", len(made), count)
+        return made
+
+    train = recorded("train", plan.train, (plan.tokens // 4, plan.tokens // 3, plan.tokens // 2))
+    held_out = recorded("held_out", plan.held_out, (plan.tokens,))
+    judged = []
+    for layer in range(plan.layers):
+        judged.append(judge(train, held_out, layer, (plan.keep // 2, plan.keep)))
+        progress("learning", len(judged), plan.layers)
+    return judged, _preset(model, plan, method, judged)
+
+
+def _preset(model: Pipeline, plan: Plan, method: GemFilter, judged: Sequence[LayerRecall]) -> Preset:
+    chosen = next((one for one in judged if one.learned[-1].share >= plan.target), None)
+    best = chosen or max(judged, key=lambda one: one.learned[-1].share)
+    heads = best.learned[-1].heads.of_layer(best.layer, model.checkpoint.model.config.heads)
+    kept = best.learned[-1]
+    low, high = kept.interval
+    verdict = "the earliest that meets" if chosen else "the best of those tried, none of which meets"
+    source = (
+        f"gemfilter calibrate: layer {best.layer} kept {kept.kept} of {kept.facts} held-out facts "
+        f"({kept.share:.0%}, 95 % interval {low:.0%} to {high:.0%}) with {plan.keep} of {plan.tokens} tokens, "
+        f"{verdict} the target of {plan.target:.0%}; heads learned on {plan.train} other facts"
+    )
+    return Preset(
+        name=model.preset.name if model.preset.name != "none" else model.checkpoint.name,
+        default=dataclasses.replace(method, filter_layer=best.layer, head_weights=heads),
+        paper_layer=model.preset.paper_layer,
+        source=source,
+        recall=tuple(row for one in judged for row in _rows(one)),
+    )
+
+
+def _rows(judged: LayerRecall) -> Iterator[dict[str, Any]]:
+    for kind in ("learned", "alike", "up_to"):
+        for one in getattr(judged, kind):
+            low, high = one.interval
+            yield {
+                "layer": judged.layer,
+                "kind": kind,
+                "heads": [list(head) for head in zip(one.heads.layers, one.heads.heads, one.heads.weights, strict=True)],
+                "keep": one.keep,
+                "facts": one.facts,
+                "kept": one.kept,
+                "low": round(low, 3),
+                "high": round(high, 3),
+            }

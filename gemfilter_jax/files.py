@@ -29,15 +29,14 @@ def check_new_folder(folder: pathlib.Path) -> None:
         raise UserError(f"--output={folder}: folder {folder.parent} does not exist; create it first")
 
 
-def write_whole(path: str, text: str) -> None:
-    """Write a UTF-8 file aside and rename it into place."""
+def write_whole(path: str, content: str | bytes) -> None:
+    """Write a file aside, text as UTF-8, and rename it into place."""
     target = pathlib.Path(path)
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=target.parent, prefix=f".{target.name}.", delete=False
-    ) as file:
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
         aside = pathlib.Path(file.name)
         try:
-            file.write(text)
+            file.write(data)
         except BaseException:
             aside.unlink()
             raise

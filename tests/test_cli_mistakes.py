@@ -126,3 +126,19 @@ def test_preset_that_does_not_fit(book, tmp_path):
     preset.write_text('{"name": "x", "filter_layer": 99}')
     result = gemfilter("select", f"--prompt_file={book}", f"--preset={preset}")
     assert_mistake(result, "preset.json", "'filter_layer' is 99", "0 to 29")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--questions=train",), ("--questions=train", "needles|held_out")),
+        (("--facts=5", "--questions=held_out"), ("--facts=5", "[1, 4]")),
+        (("--count=0", "--questions=held_out"), ("--count=0",)),
+        (("--distractors=-1", "--questions=held_out"), ("--distractors=-1",)),
+        (("--count=20",), ("--count", "--questions=held_out")),
+        (("--texts=/no/such/folder", "--questions=held_out"), ("/no/such/folder", "not a folder")),
+        (("--lengths=20", "--questions=held_out", "--count=1"), ("the text is to have 20", "longer")),
+    ],
+)
+def test_evaluate(flags, said):
+    assert_mistake(gemfilter("evaluate", *flags), *said)

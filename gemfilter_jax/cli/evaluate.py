@@ -1,24 +1,50 @@
-"""Count right answers on facts hidden in long texts.
+"""Count right answers on facts hidden in long texts, and how many of the facts were kept.
 
   gemfilter evaluate --lengths=2048 --keep=512
   gemfilter evaluate --lengths=32000 --keep=1024 --method=default
+  gemfilter evaluate --questions=held_out --count=100 --facts=2 --lengths=2048 --keep=512
 
-Four facts, each hidden at three depths of essays, are asked for; an answer is right if it contains the fact's key word.
+needles are four facts, each hidden at three depths of essays; held_out are facts of about thirty kinds at random
+places, among others that look like them. An answer is right if it contains the key word of every fact it is asked for.
 """
 
 import json
+import pathlib
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from gemfilter_jax import files
 from gemfilter_jax.cli import command, options
+from gemfilter_jax.errors import UserError
+from gemfilter_jax.evaluation import haystack
+
+if TYPE_CHECKING:  # commands parse their flags before they import JAX, so that a mistake is told at once
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from transformers import PreTrainedTokenizerBase
+
+    from gemfilter_jax.evaluation.questions import Case, Outcome
+    from gemfilter_jax.methods import Method
 
 FLAGS = flags.FlagValues()
 options.define_model(FLAGS)
 options.define_filter(FLAGS)
 options.define_comparison(FLAGS, lengths=["2048"])
+flags.DEFINE_enum("questions", "needles", ["needles", "held_out"], "What is asked.", flag_values=FLAGS)
+_HELD_OUT = [
+    flags.DEFINE_integer("count", 60, "Questions of each length.", lower_bound=1, flag_values=FLAGS),
+    flags.DEFINE_integer("facts", 1, "Facts in a question.", lower_bound=1, upper_bound=4, flag_values=FLAGS),
+    flags.DEFINE_integer("distractors", 2, "Facts like the asked ones in the text.", lower_bound=0, flag_values=FLAGS),
+    flags.DEFINE_integer("seed", 0, "Of which facts are asked for, and where they are.", flag_values=FLAGS),
+    flags.DEFINE_string("texts", None, "Hide facts in the .txt and .md files of this folder.", flag_values=FLAGS),
+]
 
-_COLUMNS = ("method", "text tokens", "keep", "right", "asked", "needle kept")
+_SHARED_COLUMNS = ("method", "text tokens", "keep")
+_COLUMNS = {
+    "needles": (*_SHARED_COLUMNS, "right", "asked", "needle kept"),
+    "held_out": (*_SHARED_COLUMNS, "right", "asked", "right 95 %", "facts kept", "all kept", "all kept 95 %"),
+}
 
 
 def main(_: list[str]) -> None:
@@ -26,52 +52,97 @@ def main(_: list[str]) -> None:
     if FLAGS.output:
         files.check_writable(FLAGS.output, "output")
     lengths = options.lengths(FLAGS)
+    given = [flag.name for flag in _HELD_OUT if flag.present]
+    if given and FLAGS.questions == "needles":
+        raise UserError(f"--{given[0]} means nothing to --questions=needles; give --questions=held_out as well")
+    paragraphs = haystack.read_folder(pathlib.Path(FLAGS.texts)) if FLAGS.texts is not None else None
 
     from rich.console import Console
     from rich.progress import track
 
-    from gemfilter_jax.evaluation import bench, needle
-    from gemfilter_jax.methods import GemFilter
+    from gemfilter_jax.evaluation import bench, questions
     from gemfilter_jax.reporting import terminal
 
     model = options.load_pipeline(FLAGS)
     methods = options.compared_methods(FLAGS, model)
-    cases = [case for length in lengths for case in needle.cases(model.checkpoint.tokenizer, length)]
-    asked = [(name, case) for name in methods for case in cases]
+    heading = {
+        "command": "evaluate",
+        "model": model.checkpoint.name,
+        "dtype": str(model.checkpoint.model.dtype),
+        "environment": bench.environment(),
+    }
+    if FLAGS.questions == "held_out":
+        heading["questions"] = {flag.name: flag.value for flag in _HELD_OUT}
     progress = Console(stderr=True)
-    outcomes = [
-        (name, needle.ask(model, case, methods[name]))
-        for name, case in track(asked, "asking", console=progress, transient=True)
-    ]
+    with progress.status("hiding facts"):
+        cases = [case for length in lengths for case in _cases(model.checkpoint.tokenizer, length, paragraphs)]
+    asked = [(name, case) for case in cases for name in methods]
+    outcomes: dict[str, list[Outcome]] = {name: [] for name in methods}
+    for name, case in track(asked, "asking", console=progress, transient=True):
+        outcomes[name].append(questions.ask(model, case, methods[name]))
+        if FLAGS.output:  # after each answer, so that a run cut short leaves what it has
+            files.write_whole(FLAGS.output, json.dumps(heading | _result(methods, outcomes), indent=1) + "\n")
+    rows = _rows(methods, outcomes)
+    Console().print(terminal.table(f"Hidden facts, {model.checkpoint.name}", _COLUMNS[FLAGS.questions], rows))
+
+
+def _cases(tokenizer: "PreTrainedTokenizerBase", tokens: int, paragraphs: "Sequence[str] | None") -> "Iterator[Case]":
+    from gemfilter_jax.evaluation import facts, needle
+
+    if FLAGS.questions == "needles":
+        return needle.cases(tokenizer, tokens)
+    return facts.cases(
+        tokenizer,
+        tokens,
+        FLAGS.count,
+        facts=FLAGS.facts,
+        distractors=FLAGS.distractors,
+        seed=FLAGS.seed,
+        paragraphs=paragraphs,
+    )
+
+
+def _rows(methods: "Mapping[str, Method]", outcomes: "Mapping[str, Sequence[Outcome]]") -> list[list[str]]:
+    """The cells of each method at each length that has been asked so far."""
+    from gemfilter_jax.evaluation import summary
+    from gemfilter_jax.methods import GemFilter
+
     rows = []
     for name, method in methods.items():
-        for length in lengths:
-            own = [outcome for asker, outcome in outcomes if asker == name and outcome.case.tokens == length]
-            keep = f"{method.keep:,}" if isinstance(method, GemFilter) else "all"
-            kept = sum(outcome.kept for outcome in own) / len(own)
-            rows.append([name, f"{length:,}", keep, str(sum(o.right for o in own)), str(len(own)), f"{kept:.2f}"])
-    Console().print(terminal.table(f"Hidden facts, {model.checkpoint.name}", _COLUMNS, rows))
-    if FLAGS.output:
-        result = {
-            "command": "evaluate",
-            "model": model.checkpoint.name,
-            "dtype": str(model.checkpoint.model.dtype),
-            "environment": bench.environment(),
-            "rows": [dict(zip(_COLUMNS, row, strict=True)) for row in rows],
-            "cases": [
-                {
-                    "method": name,
-                    "tokens": outcome.case.tokens,
-                    "depth": outcome.case.depth,
-                    "question": outcome.case.needle.question,
-                    "answer": outcome.answer,
-                    "right": outcome.right,
-                    "kept": round(outcome.kept, 3),
-                }
-                for name, outcome in outcomes
-            ],
-        }
-        files.write_whole(FLAGS.output, json.dumps(result, indent=1) + "\n")
+        keep = f"{method.keep:,}" if isinstance(method, GemFilter) else "all"
+        for tokens, counted in summary.by_length(outcomes[name]).items():
+            rows.append([name, f"{tokens:,}", keep, str(counted.right), str(counted.asked)])
+            if FLAGS.questions == "needles":
+                rows[-1].append(f"{counted.kept:.2f}")
+            else:
+                right, all_kept = (
+                    "{:.2f} to {:.2f}".format(*summary.wilson(count, counted.asked))
+                    for count in (counted.right, counted.all_kept)
+                )
+                rows[-1] += [right, f"{counted.facts_kept:.2f}", str(counted.all_kept), all_kept]
+    return rows
+
+
+def _result(methods: "Mapping[str, Method]", outcomes: "Mapping[str, Sequence[Outcome]]") -> dict[str, Any]:
+    return {
+        "rows": [dict(zip(_COLUMNS[FLAGS.questions], row, strict=True)) for row in _rows(methods, outcomes)],
+        "cases": [
+            {
+                "method": name,
+                "tokens": outcome.case.tokens,
+                "name": outcome.case.name,
+                "depth": round(outcome.case.depth, 3),
+                "question": outcome.case.question,
+                "expected": outcome.case.answers,
+                "answer": outcome.answer,
+                "right": outcome.right,
+                "kept": round(outcome.kept, 3),
+                "facts_kept": round(outcome.facts_kept, 3),
+            }
+            for name, own in outcomes.items()
+            for outcome in own
+        ],
+    }
 
 
 def run() -> None:

@@ -4,6 +4,7 @@
   gemfilter select     print what would be kept of it
   gemfilter bench      time full attention against GemFilter on this device
   gemfilter evaluate   count right answers on hidden facts
+  gemfilter calibrate  find the layer and heads that pick best in a model, and write them as a preset
   gemfilter fetch      get a model
   gemfilter convert    write a model as a checkpoint that loads straight onto many devices
 
@@ -14,7 +15,7 @@ import difflib
 import importlib
 import sys
 
-COMMANDS = ("generate", "select", "bench", "evaluate", "fetch", "convert")
+COMMANDS = ("generate", "select", "bench", "evaluate", "calibrate", "fetch", "convert")
 
 
 def main() -> None:

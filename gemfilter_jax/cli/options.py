@@ -10,8 +10,12 @@ from absl import flags
 from gemfilter_jax.errors import UserError
 
 if TYPE_CHECKING:  # commands parse their flags before they import JAX, so that a mistake is told at once
+    from collections.abc import Callable
+
+    from gemfilter_jax.config import ModelConfig
     from gemfilter_jax.methods import GemFilter, Method
     from gemfilter_jax.pipeline import KeptText, Pipeline
+    from gemfilter_jax.presets import Preset
 
 _METHODS = ("full", "default", "paper")
 
@@ -119,11 +123,13 @@ def read_prompt(values: flags.FlagValues) -> str:
     return text
 
 
-def load_pipeline(values: flags.FlagValues, *, only_selects: bool = False) -> "Pipeline":
+def load_pipeline(
+    values: flags.FlagValues, *, layers: "Callable[[Preset, ModelConfig], int] | None" = None
+) -> "Pipeline":
     """Load --model, with compiled programs kept in the user's cache folder between runs.
 
     Args:
-      only_selects: load no layer past the one that picks, and no LM head.
+      layers: how many first layers are enough, without an LM head; None for the whole model.
     """
     import jax
     from rich.console import Console
@@ -135,14 +141,11 @@ def load_pipeline(values: flags.FlagValues, *, only_selects: bool = False) -> "P
     jax.config.update("jax_compilation_cache_dir", str(cache / "programs"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     opened = checkpoints.open_checkpoint(values.model)
-    if values.preset is None:
-        preset = presets.preset_for(opened.config)
-    else:
+    if "preset" in values and values.preset is not None:
         preset = presets.read_preset(pathlib.Path(values.preset), opened.config)
-    filter_layers = None
-    if only_selects:
-        layer = preset.layer(values.rule) if values.filter_layer is None else values.filter_layer
-        filter_layers = min(layer + 1, opened.config.layers)
+    else:
+        preset = presets.preset_for(opened.config)
+    filter_layers = min(layers(preset, opened.config), opened.config.layers) if layers else None
     with terminal.loading_progress(Console(stderr=True)) as progress:
         return pipeline.load(
             opened,

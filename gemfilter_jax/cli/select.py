@@ -9,10 +9,16 @@ prompt_tokens, kept_tokens, indices, spans (character offsets into the prompt) a
 import json
 import sys
 
+from typing import TYPE_CHECKING
+
 from absl import flags
 
 from gemfilter_jax import files
 from gemfilter_jax.cli import command, options
+
+if TYPE_CHECKING:
+    from gemfilter_jax.config import ModelConfig
+    from gemfilter_jax.presets import Preset
 
 FLAGS = flags.FlagValues()
 options.define_model(FLAGS)
@@ -31,7 +37,10 @@ def main(_: list[str]) -> None:
 
     from gemfilter_jax.reporting import html, terminal
 
-    model = options.load_pipeline(FLAGS, only_selects=True)
+    def layers(preset: "Preset", _: "ModelConfig") -> int:
+        return 1 + (preset.layer(FLAGS.rule) if FLAGS.filter_layer is None else FLAGS.filter_layer)
+
+    model = options.load_pipeline(FLAGS, layers=layers)
     method = options.chosen_method(FLAGS, model)
     with terminal.reading_progress(Console(stderr=True)) as progress:
         kept, timings = model.select(text, FLAGS.question, method=method, progress=progress)

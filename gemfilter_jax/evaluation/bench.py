@@ -70,7 +70,7 @@ def run(
         for repeat in range(repeats + 1):
             for name, method in methods.items():
                 _reset_peak()
-                result = endless.generate(case.text, case.needle.question, method=method, max_new_tokens=new_tokens)
+                result = endless.generate(case.text, case.question, method=method, max_new_tokens=new_tokens)
                 if repeat:
                     runs[name].append(result)
                     peaks[name] = max(peaks.get(name, 0), peak_memory())

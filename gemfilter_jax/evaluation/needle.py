@@ -1,18 +1,12 @@
-"""Needle in a haystack: one sentence hidden in a long text, asked for at the end (Kamradt 2023).
-
-The haystack is 120 paragraphs of essays (essays.txt, written for this purpose, without any fact like the needles'),
-shuffled anew each time they are gone through.
-"""
+"""Needle in a haystack: one sentence hidden in essays, asked for at the end (Kamradt 2023)."""
 
 import dataclasses
-import importlib.resources
-import random
 from collections.abc import Iterator, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from gemfilter_jax.methods import Method
-from gemfilter_jax.pipeline import Pipeline
+from gemfilter_jax.evaluation import haystack
+from gemfilter_jax.evaluation.questions import Case
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,28 +43,6 @@ NEEDLES = (
 DEPTHS = (0.1, 0.5, 0.9)
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A haystack with a needle in it. `span` is where the needle's characters are in `text`."""
-
-    text: str
-    span: tuple[int, int]
-    needle: Needle
-    depth: float
-    tokens: int
-
-
-def haystack(characters: int, seed: int) -> str:
-    """At least `characters` of essays, whole paragraphs, the same for the same seed."""
-    essays = importlib.resources.files("gemfilter_jax.evaluation").joinpath("essays.txt").read_text("utf-8")
-    paragraphs = essays.strip().split("\n\n")
-    order = random.Random(seed)
-    text = ""
-    while len(text) < characters:
-        text += "\n\n".join(order.sample(paragraphs, len(paragraphs))) + "\n\n"
-    return text
-
-
 def cases(
     tokenizer: PreTrainedTokenizerBase,
     tokens: int,
@@ -79,33 +51,15 @@ def cases(
 ) -> Iterator[Case]:
     """One case for each needle and depth, in about `tokens` tokens of essays; each needle has an order of its own."""
     for seed, needle in enumerate(needles):
-        text = haystack(characters=8 * tokens, seed=seed)
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        hay = text[: encoded["offset_mapping"][tokens - 1][1]]
+        hay = haystack.pile(tokenizer, haystack.built_in("essays"), tokens, seed).first(tokens)
         for depth in depths:
-            place = hay.rfind("\n\n", 0, int(depth * len(hay)) + 1) + 2
+            paragraph = hay.rfind("\n\n", 0, int(depth * len(hay)) + 1)
+            place = paragraph + 2 if paragraph >= 0 else 0
             yield Case(
+                name=f"{needle.answer} at {depth}",
                 text=f"{hay[:place]}{needle.sentence}\n\n{hay[place:]}",
-                span=(place, place + len(needle.sentence)),
-                needle=needle,
-                depth=depth,
+                question=needle.question,
+                answers=(needle.answer,),
+                spans=((place, place + len(needle.sentence)),),
                 tokens=tokens,
             )
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """What became of one case: was the answer right, and the share of the needle's characters that was kept."""
-
-    case: Case
-    answer: str
-    right: bool
-    kept: float
-
-
-def ask(model: Pipeline, case: Case, method: Method, max_new_tokens: int = 24) -> Outcome:
-    """Ask for a case's needle; right means that the answer contains the needle's key word, in either case."""
-    result = model.generate(case.text, case.needle.question, method=method, max_new_tokens=max_new_tokens)
-    start, end = case.span
-    covered = sum(max(0, min(end, last) - max(start, first)) for first, last in result.selection.spans)
-    return Outcome(case, result.text, case.needle.answer.lower() in result.text.lower(), covered / (end - start))
