@@ -137,8 +137,8 @@ class HeadSet:
 def learn(recorded: Sequence[Recorded], layers: Sequence[int]) -> HeadSet:
     """Weights of the heads of some layers that put the chunks of facts first.
 
-    A chunk's score s is the weighted sum of its heads' scores. What is minimised is the cross-entropy of softmax(t log
-    s) over a document's chunks against those that hold its facts, with a learned sharpness t, and a small price on heads.
+    A chunk's score s is the weighted sum of its heads' scores. What is minimised is the cross-entropy of softmax(t
+    ln s) over a document's chunks against those with facts, for a learned sharpness t, and a small price on heads.
     """
     longest = max(len(one.sizes) for one in recorded)
     shape = (len(recorded), len(layers), recorded[0].scores.shape[1], longest)
@@ -354,10 +354,11 @@ def _rows(judged: LayerRecall) -> Iterator[dict[str, Any]]:
     for kind in ("learned", "alike", "up_to"):
         for one in getattr(judged, kind):
             low, high = one.interval
+            heads = zip(one.heads.layers, one.heads.heads, one.heads.weights, strict=True)
             yield {
                 "layer": judged.layer,
                 "kind": kind,
-                "heads": [list(head) for head in zip(one.heads.layers, one.heads.heads, one.heads.weights, strict=True)],
+                "heads": [list(head) for head in heads],
                 "keep": one.keep,
                 "facts": one.facts,
                 "kept": one.kept,

@@ -64,12 +64,12 @@ class Preset:
 
 _PAPER_DEPTH = 13 / 32  # Llama 3.1 8B in the paper: layer 13 of 32
 _PAPER = "arXiv 2409.17422, section 4"
-_PAPER_LAYERS = {
+_PAPER_LAYERS: dict[tuple[int, ...], tuple[str, int]] = {
     (32, 4096, 32, 8, 128256): ("Llama-3.1-8B", 13),
     (40, 5120, 32, 8, 131072): ("Mistral-Nemo-12B", 19),
     (32, 3072, 32, 32, 32064): ("Phi-3.5-mini", 19),
 }
-_FILES = {(30, 576, 9, 3, 49152): "smollm2_135m.json"}
+_FILES: dict[tuple[int, ...], str] = {(30, 576, 9, 3, 49152): "smollm2_135m.json"}
 
 
 def _identity(config: ModelConfig) -> tuple[int, ...]:

@@ -123,9 +123,9 @@ def test_convert(flags, said):
 
 def test_preset_that_does_not_fit(book, tmp_path):
     preset = tmp_path / "preset.json"
-    preset.write_text('{"name": "x", "filter_layer": 99}')
+    preset.write_text('{"name": "x", "model": {"layers": 99}, "default": {}}')
     result = gemfilter("select", f"--prompt_file={book}", f"--preset={preset}")
-    assert_mistake(result, "preset.json", "'filter_layer' is 99", "0 to 29")
+    assert_mistake(result, "preset.json", "is for a model with layers 99; this one has 30")
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,22 @@
-"""Presets: what the paper publishes, the stated rule for other models, and files of one's own."""
+"""Presets: what the paper publishes, the stated rule for other models, what comes with the package, files of one's own."""
 
 import dataclasses
 import json
+import pathlib
 
 import pytest
 import tiny
 
+from gemfilter_jax import presets
 from gemfilter_jax.config import ModelConfig
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.methods import GemFilter
-from gemfilter_jax.presets import preset_for, read_preset
+from gemfilter_jax.presets import Preset, preset_for, read_preset, write_preset
 
-FIELDS = {
-    "name": "tiny", "filter_layer": 2, "paper_layer": 3, "keep": 96, "head_weights": [0, 1, 0.5, 0], "source": "here",
-}  # fmt: skip
+_MODEL = {"layers": 4, "width": 32, "heads": 4, "kv_heads": 2, "vocab": 128}
+_DEFAULT = {"filter_layer": 2, "keep": 96, "head_weights": [0, 1, 0.5, 0]}
+FIELDS = {"name": "tiny", "model": _MODEL, "default": _DEFAULT, "paper_layer": 3, "source": "here"}
+_OWN = GemFilter(filter_layer=2, keep=96, head_weights=(0.0, 1.0, 0.5, 0.0))
 
 
 def config(layers: int, width: int, heads: int, kv_heads: int, vocab: int) -> ModelConfig:
@@ -43,35 +46,90 @@ def test_other_models_are_filtered_at_the_same_depth():
     assert "layer 10 of 24" in preset.source
 
 
+def test_the_default_model_has_been_calibrated():
+    preset = preset_for(config(30, 576, 9, 3, 49152))
+    assert preset.default.filter_layer <= 16
+    chosen = {
+        row["layer"]: row["kept"] / row["facts"]
+        for row in preset.recall
+        if row["kind"] == "learned" and row["keep"] == preset.default.keep
+    }
+    assert chosen[preset.default.filter_layer] >= 0.97
+    assert all(share < 0.97 for layer, share in chosen.items() if layer < preset.default.filter_layer)
+
+
 def test_a_file(tmp_path):
     path = tmp_path / "preset.json"
     path.write_text(json.dumps(FIELDS))
     preset = read_preset(path, tiny.CONFIG)
-    assert preset.method("default") == GemFilter(filter_layer=2, keep=96, head_weights=(0.0, 1.0, 0.5, 0.0))
+    assert preset.method("default") == _OWN
+    assert preset.method("default", 50, 1) == dataclasses.replace(_OWN, keep=50, filter_layer=1)
+    assert preset.method("default", presets.AUTO) == dataclasses.replace(_OWN, share=0.9)
     assert preset.method("paper") == GemFilter.paper(filter_layer=3, keep=96)
+    with pytest.raises(UserError, match="keep=auto"):
+        preset.method("paper", presets.AUTO)
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    method = dataclasses.replace(
+        _OWN, share=0.5, pooling="mean", sentences=False, filter_attention="dense", rounds=(9, 8)
+    )
+    written = Preset("tiny", method, paper_layer=1, source="here", share=0.8, recall=({"layer": 1}, {"layer": 2}))
+    path = tmp_path / "preset.json"
+    path.write_text(write_preset(written, tiny.CONFIG))
+    assert read_preset(path, tiny.CONFIG) == written
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model": _MODEL | {"layers": 5}}, "is for a model with layers 5; this one has 4"),
+        ({"model": _MODEL | {"vocab": None}}, "'vocab' is missing"),
+        ({"model": [4]}, "'model': expected a JSON object"),
+        ({"paper_layer": None}, "'paper_layer' is missing"),
+        ({"paper_layer": 4}, "'paper_layer' is 4; the model has layers 0 to 3"),
+        ({"share": 1.5}, "'share' is 1.5"),
+        ({"recall": 3}, "'recall' must be a list"),
+        ({"heads": [1]}, "unsupported field.* heads"),
+    ],
+    ids=str,
+)
+def test_a_file_that_does_not_fit(tmp_path, change, words):
+    _check_refused(tmp_path, FIELDS | change, words)
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"filter_layer": 4}, "'filter_layer' is 4; the model has layers 0 to 3"),
-        ({"paper_layer": None}, "'paper_layer' is missing"),
         ({"head_weights": [1, 1]}, "each of 4 query heads"),
         ({"head_weights": [1, 1, -1, 1]}, "at least 0"),
+        ({"head_weights": [0, 0, 0, 0]}, "not all 0"),
+        ({"head_weights": [1, float("nan"), 0, 0]}, "each of 4 query heads"),
         ({"keep": 0}, "'keep' is 0"),
-        ({"heads": [1]}, "unsupported field.* heads"),
+        ({"keep": True}, "'keep' is True"),
+        ({"share": "much"}, "'share' is 'much'"),
+        ({"sentences": 1}, "'sentences' is 1"),
+        ({"pooling": "median"}, "'pooling' is 'median', one of none, mean, max"),
+        ({"rounds": 5}, "'rounds' is 5"),
+        ({"rounds": [5.5]}, "'rounds' is 5.5"),
+        ({"positions": "original"}, "unsupported field.* positions"),
     ],
     ids=str,
 )
-def test_a_file_that_does_not_fit(tmp_path, change, words):
-    path = tmp_path / "preset.json"
-    path.write_text(json.dumps(FIELDS | change))
+def test_a_rule_that_does_not_fit(tmp_path, change, words):
+    _check_refused(tmp_path, FIELDS | {"default": _DEFAULT | change}, words)
+
+
+def _check_refused(folder: pathlib.Path, fields: dict, words: str) -> None:
+    path = folder / "preset.json"
+    path.write_text(json.dumps(fields))
     with pytest.raises(UserError, match=words) as error:
         read_preset(path, tiny.CONFIG)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", [None, "{", "[1]"])
+@pytest.mark.parametrize("text", [None, "{", "[1]", json.dumps(FIELDS)[:-40]])
 def test_no_preset_at_all(tmp_path, text):
     path = tmp_path / "preset.json"
     if text is not None:

@@ -4,8 +4,8 @@
   gemfilter generate --preset=preset.json --prompt_file=book.txt --question="Who is the narrator?"
 
 Facts are hidden in texts and asked for; every head of the first layers is watched while the model reads. Weights of
-heads are learned on one set of texts and facts and judged on another. The table tells, for each layer, the share of facts
-that is kept; the earliest layer that meets the target becomes the preset, or the best one if none does.
+heads are learned on one set of texts and facts and judged on another. The table tells, for each layer, the share of
+facts that is kept; the earliest layer that meets the target becomes the preset, or the best one if none does.
 """
 
 import pathlib
@@ -25,21 +25,17 @@ if TYPE_CHECKING:
 FLAGS = flags.FlagValues()
 options.define_model(FLAGS)
 flags.DEFINE_string("output", None, "Write the preset, a JSON file, here.", flag_values=FLAGS)
-flags.DEFINE_string("plot", None, "Write a picture of recall by layer and budget here (needs matplotlib).",
-                    flag_values=FLAGS)  # fmt: skip
+flags.DEFINE_string("plot", None, "Draw recall by layer and budget here (needs matplotlib).", flag_values=FLAGS)
 flags.DEFINE_integer("keep", 512, "The budget to choose the layer for.", lower_bound=64, flag_values=FLAGS)
 flags.DEFINE_float("target", 0.97, "Share of facts to keep.", lower_bound=0, upper_bound=1, flag_values=FLAGS)
-flags.DEFINE_integer("layers", None, "Try so many first layers; a little over half of them if not given.",
-                     lower_bound=1, flag_values=FLAGS)  # fmt: skip
-flags.DEFINE_integer("tokens", 4096, "Of the texts to judge on; those to learn on are up to half as long.",
-                     lower_bound=512, flag_values=FLAGS)  # fmt: skip
+flags.DEFINE_integer("layers", None, "Candidates; the first 11 of 20 if not given.", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer("tokens", 4096, "Of the texts to judge on.", lower_bound=512, flag_values=FLAGS)
 flags.DEFINE_integer("train", 60, "Questions to learn on.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer("held_out", 62, "Questions to judge on.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer("distractors", 2, "Facts like the asked one in each text.", lower_bound=0, flag_values=FLAGS)
 flags.DEFINE_string("texts", None, "Hide facts in the .txt and .md files of this folder.", flag_values=FLAGS)
 flags.DEFINE_integer("seed", 0, "Of facts, their places and the texts.", flag_values=FLAGS)
-flags.DEFINE_enum("filter_attention", "auto", ["auto", "dense", "tri_shape"], "Of the layers before the one that picks.",
-                  flag_values=FLAGS)  # fmt: skip
+options.define_attention(FLAGS, default="auto")
 
 
 def main(_: list[str]) -> None:
@@ -50,7 +46,6 @@ def main(_: list[str]) -> None:
     paragraphs = haystack.read_folder(pathlib.Path(FLAGS.texts)) if FLAGS.texts is not None else None
 
     from rich.console import Console
-    from rich.progress import Progress
 
     from gemfilter_jax import calibration, presets
     from gemfilter_jax.reporting import plots, terminal
@@ -74,15 +69,7 @@ def main(_: list[str]) -> None:
         seed=FLAGS.seed,
         filter_attention=FLAGS.filter_attention,
     )
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True) as bar:
-        tasks: dict[str, int] = {}
-
-        def progress(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=done)
-
+    with terminal.stages_progress(Console(stderr=True)) as progress:
         judged, preset = calibration.calibrate(model, plan, paragraphs=paragraphs, progress=progress)
     asked = judged[0].learned[0].facts
     title = f"Share of {asked} facts kept, 95 % interval; {model.checkpoint.name}, {FLAGS.tokens:,} tokens"

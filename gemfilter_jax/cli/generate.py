@@ -1,33 +1,43 @@
-"""Answer a question of a long text from the few tokens that the model's early layers pick.
+"""Answer questions of a long text from the few tokens that the model's early layers pick.
 
   gemfilter generate --prompt_file=book.txt --question="Who is the narrator?"
 
 The answer goes to standard output as it is written; tokens read and kept, layers run and seconds per stage go to
 standard error. JSON has prompt_tokens, kept_tokens, indices, spans (character offsets into the prompt), timings, text
-and stop_reason.
+and stop_reason. --question may be given several times: the text is then read once for all of them, and JSON is one
+line for each, with the question.
 """
 
 import json
 import sys
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from gemfilter_jax import files
 from gemfilter_jax.cli import command, options
+from gemfilter_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from gemfilter_jax.methods import GemFilter
+    from gemfilter_jax.pipeline import Pipeline, Result
 
 FLAGS = flags.FlagValues()
 options.define_model(FLAGS)
-options.define_prompt(FLAGS)
+options.define_prompt_file(FLAGS, otherwise="standard input if not given")
+options.define_kept_text(FLAGS)
 options.define_rule(FLAGS)
 options.define_filter(FLAGS)
-flags.DEFINE_integer("max_new_tokens", 128, "Tokens to write at most.", lower_bound=1, flag_values=FLAGS)
-flags.DEFINE_float("temperature", 0.0, "0 is greedy.", lower_bound=0.0, flag_values=FLAGS)
-flags.DEFINE_integer("top_k", 0, "Draw among this many likeliest tokens; 0 is all.", lower_bound=0, flag_values=FLAGS)
-flags.DEFINE_float(
-    "top_p", 1.0, "Draw among the fewest tokens that hold this share.", lower_bound=0.0, upper_bound=1.0,
+options.define_answer(FLAGS)
+options.define_document_cache(FLAGS)
+flags.DEFINE_multi_string(
+    "question",
+    [],
+    "What to ask of the text, may be given several times; without it the text ends in its own question.",
     flag_values=FLAGS,
-)  # fmt: skip
-flags.DEFINE_integer("seed", 0, "Of the draws.", lower_bound=0, flag_values=FLAGS)
+)
 flags.DEFINE_bool("show_kept", False, "Show the kept passages, highlighted, on standard error.", flag_values=FLAGS)
 
 
@@ -36,41 +46,51 @@ def main(_: list[str]) -> None:
     text = options.read_prompt(FLAGS)
     if FLAGS.report:
         files.check_writable(FLAGS.report, "report")
+        if len(FLAGS.question) > 1:
+            raise UserError(f"--report={FLAGS.report}: shows one question; {len(FLAGS.question)} were given")
+    if FLAGS.document_cache is not None and not FLAGS.question:
+        raise UserError(f"--document_cache={FLAGS.document_cache}: needs --question, which is not part of the text")
 
     from rich.console import Console
-
-    from gemfilter_jax.reporting import html, terminal
-    from gemfilter_jax.sampling import Sampling
 
     console = Console(stderr=True)
     model = options.load_pipeline(FLAGS)
     method = options.chosen_method(FLAGS, model)
-    as_json = FLAGS.format == "json"
-
-    def write(piece: str) -> None:
-        print(piece, end="", flush=True)
-
-    with terminal.reading_progress(console) as progress:
-        result = model.generate(
-            text,
-            FLAGS.question,
-            method=method,
-            max_new_tokens=FLAGS.max_new_tokens,
-            sampling=Sampling(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p),
-            seed=FLAGS.seed,
-            on_text=None if as_json else write,
-            progress=progress,
+    if len(FLAGS.question) > 1 or FLAGS.document_cache is not None:
+        document = model.document(text, method=method, cache=FLAGS.document_cache)
+        for question in FLAGS.question:
+            if FLAGS.format == "text":
+                print(f"{question}\n> " if len(FLAGS.question) > 1 else "", end="", flush=True)
+            _answer(console, model, method, question, lambda asked, settings: document.ask(asked, **settings))
+    else:
+        question = FLAGS.question[0] if FLAGS.question else None
+        _answer(
+            console,
+            model,
+            method,
+            question,
+            lambda asked, settings: model.generate(text, asked, method=method, **settings),
         )
+
+
+def _answer(console: "Console", model: "Pipeline", method: "GemFilter", question: str | None, ask) -> None:
+    """Ask one question and print what becomes of it; `ask` takes it and the settings of the answer."""
+    from gemfilter_jax.reporting import html, terminal
+
+    as_json = FLAGS.format == "json"
+    with terminal.reading_progress(console) as progress:
+        settings = options.answer_settings(FLAGS) | {"progress": progress}
+        result: Result = ask(question, settings | {"on_text": None if as_json else terminal.write})
     if as_json:
-        print(json.dumps(options.kept_fields(result.selection, result.timings) | {
-            "text": result.text, "stop_reason": result.stop_reason,
-        }))  # fmt: skip
+        fields = options.kept_fields(result.selection, result.timings)
+        fields |= {"text": result.text, "stop_reason": result.stop_reason}
+        print(json.dumps(fields | {"question": question} if len(FLAGS.question) > 1 else fields))
     else:
         print()
     if FLAGS.show_kept:
         terminal.show_kept(console, result.selection)
     if FLAGS.report:
-        files.write_whole(FLAGS.report, html.page(result.selection, FLAGS.question, result.text))
+        files.write_whole(FLAGS.report, html.page(result.selection, question, result.text))
     layers = options.layers_run(model, method)
     print(terminal.closing_lines(result.selection, layers, result.timings), file=sys.stderr)
 

@@ -1,6 +1,7 @@
 """gemfilter: long prompts answered from the few tokens that the model's own early layers pick.
 
   gemfilter generate   answer a question of a long text
+  gemfilter chat       ask one question after another of a text that is read once
   gemfilter select     print what would be kept of it
   gemfilter bench      time full attention against GemFilter on this device
   gemfilter evaluate   count right answers on hidden facts
@@ -15,7 +16,7 @@ import difflib
 import importlib
 import sys
 
-COMMANDS = ("generate", "select", "bench", "evaluate", "calibrate", "fetch", "convert")
+COMMANDS = ("generate", "chat", "select", "bench", "evaluate", "calibrate", "fetch", "convert")
 
 
 def main() -> None:

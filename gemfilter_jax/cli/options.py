@@ -1,5 +1,6 @@
 """Flags that several commands share, and what is made of them."""
 
+import dataclasses
 import os
 import pathlib
 import sys
@@ -52,12 +53,21 @@ def define_model(values: flags.FlagValues) -> None:
 
 
 def define_filter(values: flags.FlagValues) -> None:
-    """--preset, --keep and --filter_layer."""
+    """--preset, --keep, --filter_layer and --filter_attention."""
     flags.DEFINE_string(
         "preset", None, "Filter settings of the model, a JSON file; those built in if not given.", flag_values=values
     )
-    flags.DEFINE_integer(
-        "keep", None, "Tokens to keep; the model's preset if not given.", lower_bound=1, flag_values=values
+    flags.DEFINE_string(
+        "keep",
+        None,
+        "Tokens to keep; auto is as many as hold most of the score, up to the preset's number, which is the default.",
+        flag_values=values,
+    )
+    flags.register_validator(
+        "keep",
+        lambda keep: keep in (None, "auto") or (keep.isdecimal() and int(keep) >= 1),
+        message="expected auto or a whole number of at least 1",
+        flag_values=values,
     )
     flags.DEFINE_integer(
         "filter_layer",
@@ -67,22 +77,74 @@ def define_filter(values: flags.FlagValues) -> None:
         flag_values=values,
     )
 
+    define_attention(values, default=None)
+    flags.DEFINE_integer("band", None, "Keys before each row that tri_shape sees.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("first_tokens", None, "First keys that tri_shape sees.", lower_bound=0, flag_values=values)
+
+
+def define_attention(values: flags.FlagValues, default: str | None) -> None:
+    """--filter_attention."""
+    flags.DEFINE_enum(
+        "filter_attention",
+        default,
+        ["auto", "dense", "tri_shape"],
+        "Of the layers before the one that picks: tri_shape is linear in the prompt; auto is that for long prompts.",
+        flag_values=values,
+    )
+
 
 def define_rule(values: flags.FlagValues) -> None:
     """--rule."""
     flags.DEFINE_enum("rule", "default", ["default", "paper"], "How tokens are picked.", flag_values=values)
 
 
-def define_prompt(values: flags.FlagValues) -> None:
-    """--prompt_file, --question and what to make of the kept text."""
-    flags.DEFINE_string("prompt_file", None, "The long text; standard input if not given.", flag_values=values)
-    flags.DEFINE_string(
-        "question", None, "What to ask of the text; without it the text ends in its own question.", flag_values=values
-    )
+def define_prompt_file(values: flags.FlagValues, otherwise: str) -> None:
+    """--prompt_file, and what happens without it."""
+    flags.DEFINE_string("prompt_file", None, f"The long text; {otherwise}.", flag_values=values)
+
+
+def define_kept_text(values: flags.FlagValues) -> None:
+    """What to make of the kept text."""
     flags.DEFINE_enum("format", "text", ["text", "json"], "Of what is printed.", flag_values=values)
     flags.DEFINE_string(
         "report", None, "Write an HTML page with the kept passages highlighted to this file.", flag_values=values
     )
+
+
+def define_answer(values: flags.FlagValues) -> None:
+    """How answers are written."""
+    flags.DEFINE_integer("max_new_tokens", 128, "Tokens to write at most.", lower_bound=1, flag_values=values)
+    flags.DEFINE_float("temperature", 0.0, "0 is greedy.", lower_bound=0.0, flag_values=values)
+    flags.DEFINE_integer(
+        "top_k", 0, "Draw among this many likeliest tokens; 0 is all.", lower_bound=0, flag_values=values
+    )
+    flags.DEFINE_float(
+        "top_p",
+        1.0,
+        "Draw among the fewest tokens that hold this share.",
+        lower_bound=0.0,
+        upper_bound=1.0,
+        flag_values=values,
+    )
+    flags.DEFINE_integer("seed", 0, "Of the draws.", lower_bound=0, flag_values=values)
+
+
+def define_document_cache(values: flags.FlagValues) -> None:
+    """--document_cache."""
+    flags.DEFINE_string(
+        "document_cache",
+        None,
+        "Keep what was read of the text in this folder, so that later questions need not read it again.",
+        flag_values=values,
+    )
+
+
+def answer_settings(values: flags.FlagValues) -> dict[str, Any]:
+    """The flags of `define_answer` as arguments of `Pipeline.generate`."""
+    from gemfilter_jax.sampling import Sampling
+
+    sampling = Sampling(values.temperature, values.top_k, values.top_p)
+    return {"max_new_tokens": values.max_new_tokens, "sampling": sampling, "seed": values.seed}
 
 
 def define_comparison(values: flags.FlagValues, lengths: list[str]) -> None:
@@ -163,7 +225,19 @@ def chosen_method(values: flags.FlagValues, model: "Pipeline") -> "GemFilter":
     """--rule, --keep and --filter_layer over the model's preset; says so where the model has none."""
     if model.preset.name == "none" and values.filter_layer is None:
         print(model.preset.source, file=sys.stderr)
-    return model.method(values.rule, keep=values.keep, filter_layer=values.filter_layer)
+    return _method(values, model, values.rule)
+
+
+def _method(values: flags.FlagValues, model: "Pipeline", rule: str) -> "GemFilter":
+    method = model.method(rule, keep=_keep(values), filter_layer=values.filter_layer)
+    names = ("filter_attention", "band", "first_tokens")
+    given = {name: getattr(values, name) for name in names if getattr(values, name) is not None}
+    return dataclasses.replace(method, **given)
+
+
+def _keep(values: flags.FlagValues) -> Any:
+    """--keep as `Pipeline.method` takes it."""
+    return values.keep if values.keep in (None, "auto") else int(values.keep)
 
 
 def lengths(values: flags.FlagValues) -> list[int]:
@@ -175,13 +249,10 @@ def lengths(values: flags.FlagValues) -> list[int]:
 
 
 def compared_methods(values: flags.FlagValues, model: "Pipeline") -> dict[str, "Method"]:
-    """--method, each with --keep and --filter_layer where it has them."""
+    """--method, each with the flags of `define_filter` where it has them."""
     from gemfilter_jax.methods import Full
 
-    return {
-        name: Full() if name == "full" else model.method(name, keep=values.keep, filter_layer=values.filter_layer)
-        for name in values.method
-    }
+    return {name: Full() if name == "full" else _method(values, model, name) for name in values.method}
 
 
 def layers_run(model: "Pipeline", method: "GemFilter") -> str:

@@ -8,7 +8,6 @@ prompt_tokens, kept_tokens, indices, spans (character offsets into the prompt) a
 
 import json
 import sys
-
 from typing import TYPE_CHECKING
 
 from absl import flags
@@ -22,9 +21,13 @@ if TYPE_CHECKING:
 
 FLAGS = flags.FlagValues()
 options.define_model(FLAGS)
-options.define_prompt(FLAGS)
+options.define_prompt_file(FLAGS, otherwise="standard input if not given")
+options.define_kept_text(FLAGS)
 options.define_rule(FLAGS)
 options.define_filter(FLAGS)
+flags.DEFINE_string(
+    "question", None, "What to ask of the text; without it the text ends in its own question.", flag_values=FLAGS
+)
 
 
 def main(_: list[str]) -> None:

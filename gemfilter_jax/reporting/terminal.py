@@ -1,14 +1,16 @@
 """What a person sees on a terminal: kept passages, the closing lines of a run, tables, progress."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -33,6 +35,11 @@ def show_kept(console: Console, kept: "KeptText") -> None:
         line.append(_one_line(kept.prompt[start:end]), style="bold black on yellow")
         line.append(_one_line(kept.prompt[end : end + _CONTEXT]), style="dim")
         console.print(line, soft_wrap=not console.is_terminal)
+
+
+def write(piece: str) -> None:
+    """Print a piece of an answer as soon as it is there."""
+    print(piece, end="", flush=True)
 
 
 def _one_line(text: str) -> str:
@@ -84,3 +91,18 @@ def loading_progress(console: Console) -> Iterator["BytesRead"]:
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("loading", total=None, visible=False)
         yield lambda read, total: bar.update(task, completed=read, total=total, visible=True)
+
+
+@contextlib.contextmanager
+def stages_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for each stage of a long run, told (stage, done, to do); gone at the end."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total)
+            bar.update(tasks[stage], completed=done)
+
+        yield report

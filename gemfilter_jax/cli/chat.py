@@ -1,0 +1,66 @@
+"""Ask one question after another of a long text, which is read once.
+
+  gemfilter chat --prompt_file=book.txt
+
+Questions come from standard input, a line each; an empty line or its end closes. Each is answered by itself, without
+what was asked before.
+"""
+
+import sys
+
+from absl import flags
+
+from gemfilter_jax.cli import command, options
+from gemfilter_jax.errors import UserError
+
+FLAGS = flags.FlagValues()
+options.define_model(FLAGS)
+options.define_prompt_file(FLAGS, otherwise="standard input is for questions")
+options.define_rule(FLAGS)
+options.define_filter(FLAGS)
+options.define_answer(FLAGS)
+options.define_document_cache(FLAGS)
+flags.DEFINE_bool("show_kept", False, "Show the kept passages, highlighted, on standard error.", flag_values=FLAGS)
+
+
+def main(_: list[str]) -> None:
+    """The command."""
+    if FLAGS.prompt_file is None:
+        raise UserError("no text; give --prompt_file=FILE (standard input is for questions)")
+    text = options.read_prompt(FLAGS)
+
+    from rich.console import Console
+
+    from gemfilter_jax.reporting import terminal
+
+    console = Console(stderr=True)
+    model = options.load_pipeline(FLAGS)
+    method = options.chosen_method(FLAGS, model)
+    document = model.document(text, method=method, cache=FLAGS.document_cache)
+    while True:
+        if sys.stdin.isatty():
+            print("? ", end="", file=sys.stderr, flush=True)
+        question = sys.stdin.readline().strip()
+        if not question:
+            return
+        try:
+            with terminal.reading_progress(console) as progress:
+                settings = options.answer_settings(FLAGS)
+                result = document.ask(question, on_text=terminal.write, progress=progress, **settings)
+        except UserError as error:  # the next question may be better
+            print(error, file=sys.stderr)
+            continue
+        print()
+        if FLAGS.show_kept:
+            terminal.show_kept(console, result.selection)
+        layers = options.layers_run(model, method)
+        print(terminal.closing_lines(result.selection, layers, result.timings), file=sys.stderr)
+
+
+def run() -> None:
+    """Parse the command line and run."""
+    command.run(main, FLAGS, str(__doc__))
+
+
+if __name__ == "__main__":
+    run()
