@@ -1,4 +1,4 @@
-"""Presets: what the paper publishes, the stated rule for other models, what comes with the package, files of one's own."""
+"""Presets: what the paper publishes, the rule for other models, what comes with the package, files of one's own."""
 
 import dataclasses
 import json

@@ -32,7 +32,7 @@ class Model:
     ("answer", "right"), [("In the attic, 47.", True), ("In the attic.", False), ("47", False), ("47 ATTICS", True)]
 )
 def test_right_means_every_answer(answer, right):
-    assert questions.ask(Model(answer, [(0, 100)]), CASE, method=None).right is right
+    assert questions.Asking(Model(answer, [(0, 100)]), method=None)(CASE).right is right
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_right_means_every_answer(answer, right):
     ],
 )
 def test_kept(spans, kept, facts_kept):
-    outcome = questions.ask(Model("", spans), CASE, method=None)
+    outcome = questions.Asking(Model("", spans), method=None)(CASE)
     assert outcome.kept == pytest.approx(kept)
     assert outcome.facts_kept == facts_kept
 

@@ -8,6 +8,7 @@ needles are four facts, each hidden at three depths of essays; held_out are fact
 places, among others that look like them. An answer is right if it contains the key word of every fact it is asked for.
 """
 
+import itertools
 import json
 import pathlib
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,9 @@ _HELD_OUT = [
     flags.DEFINE_integer("count", 60, "Questions of each length.", lower_bound=1, flag_values=FLAGS),
     flags.DEFINE_integer("facts", 1, "Facts in a question.", lower_bound=1, upper_bound=4, flag_values=FLAGS),
     flags.DEFINE_integer("distractors", 2, "Facts like the asked ones in the text.", lower_bound=0, flag_values=FLAGS),
+    flags.DEFINE_integer(
+        "per_text", 1, "Questions asked of each text, which is read once for them.", lower_bound=1, flag_values=FLAGS
+    ),
     flags.DEFINE_integer("seed", 0, "Of which facts are asked for, and where they are.", flag_values=FLAGS),
     flags.DEFINE_string("texts", None, "Hide facts in the .txt and .md files of this folder.", flag_values=FLAGS),
 ]
@@ -55,6 +59,10 @@ def main(_: list[str]) -> None:
     given = [flag.name for flag in _HELD_OUT if flag.present]
     if given and FLAGS.questions == "needles":
         raise UserError(f"--{given[0]} means nothing to --questions=needles; give --questions=held_out as well")
+    if FLAGS.per_text > 1 and FLAGS.facts > 1:
+        raise UserError(
+            f"--per_text={FLAGS.per_text}: such questions ask for one fact, leave --facts={FLAGS.facts} out"
+        )
     paragraphs = haystack.read_folder(pathlib.Path(FLAGS.texts)) if FLAGS.texts is not None else None
 
     from rich.console import Console
@@ -78,8 +86,9 @@ def main(_: list[str]) -> None:
         cases = [case for length in lengths for case in _cases(model.checkpoint.tokenizer, length, paragraphs)]
     asked = [(name, case) for case in cases for name in methods]
     outcomes: dict[str, list[Outcome]] = {name: [] for name in methods}
+    asking = {name: questions.Asking(model, method) for name, method in methods.items()}
     for name, case in track(asked, "asking", console=progress, transient=True):
-        outcomes[name].append(questions.ask(model, case, methods[name]))
+        outcomes[name].append(asking[name](case, shared=FLAGS.per_text > 1))
         if FLAGS.output:  # after each answer, so that a run cut short leaves what it has
             files.write_whole(FLAGS.output, json.dumps(heading | _result(methods, outcomes), indent=1) + "\n")
     rows = _rows(methods, outcomes)
@@ -91,6 +100,19 @@ def _cases(tokenizer: "PreTrainedTokenizerBase", tokens: int, paragraphs: "Seque
 
     if FLAGS.questions == "needles":
         return needle.cases(tokenizer, tokens)
+    if FLAGS.per_text > 1:
+        counts = [min(FLAGS.per_text, FLAGS.count - done) for done in range(0, FLAGS.count, FLAGS.per_text)]
+        return itertools.chain.from_iterable(
+            facts.document(
+                tokenizer,
+                tokens,
+                count,
+                distractors=FLAGS.distractors,
+                seed=FLAGS.seed + index,
+                paragraphs=paragraphs,
+            )
+            for index, count in enumerate(counts)
+        )
     return facts.cases(
         tokenizer,
         tokens,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # commands parse their flags before they import JAX, so that 
     from gemfilter_jax.presets import Preset
 
 _METHODS = ("full", "default", "paper")
+_ALL_METHODS = (*_METHODS, "uncalibrated")
 
 
 def define_weights(values: flags.FlagValues) -> None:
@@ -152,8 +153,8 @@ def define_comparison(values: flags.FlagValues, lengths: list[str]) -> None:
     flags.DEFINE_multi_enum(
         "method",
         list(_METHODS),
-        _METHODS,
-        "What to compare; may be given several times.",
+        _ALL_METHODS,
+        "What to compare, may be given several times; uncalibrated: the default rule, the paper's layer, all heads.",
         flag_values=values,
     )
     flags.DEFINE_list("lengths", lengths, "Tokens of text, several with commas.", flag_values=values)
@@ -228,8 +229,12 @@ def chosen_method(values: flags.FlagValues, model: "Pipeline") -> "GemFilter":
     return _method(values, model, values.rule)
 
 
-def _method(values: flags.FlagValues, model: "Pipeline", rule: str) -> "GemFilter":
+def _method(values: flags.FlagValues, model: "Pipeline", name: str) -> "GemFilter":
+    rule = "default" if name == "uncalibrated" else name
     method = model.method(rule, keep=_keep(values), filter_layer=values.filter_layer)
+    if name == "uncalibrated":
+        layer = model.preset.paper_layer if values.filter_layer is None else values.filter_layer
+        method = dataclasses.replace(method, filter_layer=layer, head_weights=None)
     names = ("filter_attention", "band", "first_tokens")
     given = {name: getattr(values, name) for name in names if getattr(values, name) is not None}
     return dataclasses.replace(method, **given)

@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from gemfilter_jax.methods import Method
-from gemfilter_jax.pipeline import Pipeline
+from gemfilter_jax.methods import GemFilter, Method
+from gemfilter_jax.pipeline import Document, Pipeline, Result
 
 WHOLE = 0.9
 """A fact counts as kept if at least this share of its characters is; a missing full stop costs no answer."""
@@ -55,14 +55,30 @@ class Outcome:
     facts_kept: float
 
 
-def ask(model: Pipeline, case: Case, method: Method, max_new_tokens: int | None = None) -> Outcome:
-    """Ask a case's question.
+class Asking:
+    """Asks a model questions by one method."""
 
-    Args:
-      max_new_tokens: 24 for each answer if None.
-    """
-    limit = max_new_tokens or _NEW_TOKENS_PER_ANSWER * len(case.answers)
-    result = model.generate(case.text, case.question, method=method, max_new_tokens=limit)
+    def __init__(self, model: Pipeline, method: Method):
+        self._model, self._method = model, method
+        self._document: tuple[str, Document] | None = None
+
+    def __call__(self, case: Case, *, shared: bool = False) -> Outcome:
+        """Ask a case's question, for 24 tokens for each fact.
+
+        Args:
+          shared: read the text once for this case and the next ones of the same text.
+        """
+        limit = _NEW_TOKENS_PER_ANSWER * len(case.answers)
+        if not shared or not isinstance(self._method, GemFilter):
+            result = self._model.generate(case.text, case.question, method=self._method, max_new_tokens=limit)
+            return _outcome(case, result)
+        if self._document is None or self._document[0] != case.text:
+            self._document = None
+            self._document = (case.text, self._model.document(case.text, method=self._method))
+        return _outcome(case, self._document[1].ask(case.question, max_new_tokens=limit))
+
+
+def _outcome(case: Case, result: Result) -> Outcome:
     lengths = [end - start for start, end in case.spans]
     covered = [
         sum(max(0, min(end, last) - max(start, first)) for first, last in result.selection.spans)
