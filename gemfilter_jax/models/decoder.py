@@ -28,7 +28,7 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": jax.nn.gelu,
     "relu": jax.nn.relu,
 }
-_MLP_BLOCK = 2048  # rows of the sequence that pass through the MLP at a time: bounds its [B, block, F] temporaries
+_BLOCK = 512  # rows of the sequence that pass through the MLP at a time: bounds its [B, block, F] temporaries
 
 _ALL = 2**30  # the window of a layer without one: wider than any prompt
 
@@ -137,10 +137,18 @@ class DecoderLayer(nnx.Module):
         heads = self._split_heads(x)
         return rotate(heads if norm is None else norm(heads), table)
 
-    def close(self, x: jax.Array, attended: jax.Array) -> jax.Array:
-        """Residual stream x [B, S, D] and attention's result [B, S, H, E] -> the next layer's x."""
-        x = x + self.output(attended.reshape(*x.shape[:2], -1))
-        return x + _in_blocks(self._mlp, x)
+    def close(self, x: jax.Array, attended: jax.Array, rows: jax.typing.ArrayLike) -> jax.Array:
+        """Residual stream x [B, S, D] and attention's result [B, S, H, E] -> the next layer's x.
+
+        Args:
+          rows: so many first rows are real, may be traced; the blocks past them are left out.
+        """
+
+        def finish(x: jax.Array, attended: jax.Array) -> jax.Array:
+            x = x + self.output(attended)
+            return x + self._mlp(x)
+
+        return _in_blocks(finish, rows, x, attended.reshape(*x.shape[:2], -1))
 
     def _mlp(self, x: jax.Array) -> jax.Array:
         with jax.named_scope("mlp"):
@@ -151,16 +159,22 @@ class DecoderLayer(nnx.Module):
         return x.reshape(*x.shape[:2], -1, self.head_width)
 
 
-def _in_blocks(fn, x: jax.Array) -> jax.Array:
-    """fn over blocks of the sequence axis of x [B, S, D], one at a time; a remainder is its own block."""
-    batch, length, width = x.shape
-    whole = length // _MLP_BLOCK
-    if whole <= 1:
-        return fn(x)
-    cut = whole * _MLP_BLOCK
-    blocks = x[:, :cut].reshape(batch, whole, _MLP_BLOCK, width).swapaxes(0, 1)
-    done = jax.lax.map(fn, blocks).swapaxes(0, 1).reshape(batch, cut, width)
-    return done if cut == length else jnp.concatenate([done, fn(x[:, cut:])], axis=1)
+def _in_blocks(fn: Callable[..., jax.Array], rows: jax.typing.ArrayLike, *xs: jax.Array) -> jax.Array:
+    """fn over blocks of the sequence axis of all xs [B, S, ...], one at a time; zeros for blocks from `rows` on."""
+    batch, length = xs[0].shape[:2]
+    if length <= _BLOCK:
+        return fn(*xs)
+    padding = -length % _BLOCK
+    blocks = [
+        jnp.pad(x, ((0, 0), (0, padding), (0, 0))).reshape(batch, -1, _BLOCK, x.shape[-1]).swapaxes(0, 1) for x in xs
+    ]
+
+    def unless_padding(numbered):
+        index, *block = numbered
+        return jax.lax.cond(index * _BLOCK < rows, fn, lambda x, *_: jnp.zeros_like(x), *block)
+
+    done = jax.lax.map(unless_padding, (jnp.arange(len(blocks[0])), *blocks))
+    return done.swapaxes(0, 1).reshape(batch, -1, done.shape[-1])[:, :length]
 
 
 class Decoder(nnx.Module):
@@ -225,7 +239,7 @@ class Decoder(nnx.Module):
             normed = layer.attention_norm(x)
             q, k, v = layer.queries(normed, table), layer.keys(normed, table), layer.values(normed)
             attended = attention.causal(q, k, v, lengths=lengths, window=self._window(index), pattern=pattern)
-            return layer.close(x, attended), k, v
+            return layer.close(x, attended, jnp.max(lengths)), k, v
 
     def hidden_states(
         self,
@@ -339,7 +353,8 @@ class Decoder(nnx.Module):
             k = state.followed(k, layer.keys(normed, table))
             v = state.followed(v, layer.values(normed))
             q, positions = layer.queries(normed, table), state.positions(ids.shape[1])
-            return layer.close(x, attention.rows(q, positions, k, v, window=self._window(index))), None
+            attended = attention.rows(q, positions, k, v, window=self._window(index))
+            return layer.close(x, attended, jnp.max(lengths)), None
 
         stacked = (jnp.arange(len(state.keys)), state.keys, state.values)
         x, _ = jax.lax.scan(body, self.embedding[...][ids], stacked)
@@ -390,7 +405,8 @@ class Decoder(nnx.Module):
             cache = cache.append(index, layer.keys(normed, table), layer.values(normed))
             k, v = cache.layer(index)
             q = layer.queries(normed, table)
-            return layer.close(x, attention.one_row(q, k, v, lengths=lengths, window=self._window(index))), cache
+            attended = attention.one_row(q, k, v, lengths=lengths, window=self._window(index))
+            return layer.close(x, attended, 1), cache
 
         x, cache = jax.lax.fori_loop(0, self.config.layers, body, (self.embedding[...][ids[:, None]], cache))
         return self.logits(x[:, 0]), cache.advanced_to(lengths)
