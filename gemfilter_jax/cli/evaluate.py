@@ -47,7 +47,7 @@ _HELD_OUT = [
 _SHARED_COLUMNS = ("method", "text tokens", "keep")
 _COLUMNS = {
     "needles": (*_SHARED_COLUMNS, "right", "asked", "needle kept"),
-    "held_out": (*_SHARED_COLUMNS, "right", "asked", "right 95 %", "facts kept", "all kept", "all kept 95 %"),
+    "held_out": (*_SHARED_COLUMNS, "asked", "right (95 %)", "facts kept", "all kept (95 %)"),
 }
 
 
@@ -133,16 +133,22 @@ def _rows(methods: "Mapping[str, Method]", outcomes: "Mapping[str, Sequence[Outc
     for name, method in methods.items():
         keep = f"{method.keep:,}" if isinstance(method, GemFilter) else "all"
         for tokens, counted in summary.by_length(outcomes[name]).items():
-            rows.append([name, f"{tokens:,}", keep, str(counted.right), str(counted.asked)])
+            asked = str(counted.asked)
             if FLAGS.questions == "needles":
-                rows[-1].append(f"{counted.kept:.2f}")
+                cells = [str(counted.right), asked, f"{counted.kept:.2f}"]
             else:
-                right, all_kept = (
-                    "{:.2f} to {:.2f}".format(*summary.wilson(count, counted.asked))
-                    for count in (counted.right, counted.all_kept)
-                )
-                rows[-1] += [right, f"{counted.facts_kept:.2f}", str(counted.all_kept), all_kept]
+                right, all_kept = (_with_interval(count, counted.asked) for count in (counted.right, counted.all_kept))
+                cells = [asked, right, f"{counted.facts_kept:.2f}", all_kept]
+            rows.append([name, f"{tokens:,}", keep, *cells])
     return rows
+
+
+def _with_interval(count: int, asked: int) -> str:
+    """As "41 (.56-.79)", so that a row fits 80 columns."""
+    from gemfilter_jax.evaluation import summary
+
+    bounds = (f"{bound:.2f}".removeprefix("0") for bound in summary.wilson(count, asked))
+    return f"{count} ({'-'.join(bounds)})"
 
 
 def _result(methods: "Mapping[str, Method]", outcomes: "Mapping[str, Sequence[Outcome]]") -> dict[str, Any]:
