@@ -55,7 +55,10 @@ def test_generate_json_agrees_with_the_library(smollm2, book, generated):
     assert set(fields["timings"]) == {"tokenize", "filter", "prefill", "decode", "compile"}
     kept = "".join(text[start:end] for start, end in fields["spans"])
     assert "The password of the old lighthouse is marigold." in kept
-    assert re.search(r"read \d+ tokens, kept 200 \(ratio 0\.\d{4}\), layers 0 to 17 of 30", stderr)
+    assert re.search(
+        rf"read \d+ tokens, kept 200 \(ratio 0\.\d{{4}}\), layers 0 to {smollm2.preset.default.filter_layer} of 30",
+        stderr,
+    )
     assert re.search(r"filter \d+\.\d\d s", stderr)
 
 
@@ -70,6 +73,49 @@ def test_streamed_text_is_the_same_answer(book, generated):
     )
     assert done.stdout == generated[0]["text"] + "\n"
     assert "is marigold." in done.stderr
+
+
+OTHER = "What does the text say of walking?"
+
+
+@pytest.fixture(scope="module")
+def asked_twice(book, tmp_path_factory):
+    """Two questions in one run, and the folder in which what was read of the text is kept."""
+    cache = tmp_path_factory.mktemp("cache")
+    done = gemfilter(
+        "generate", f"--prompt_file={book}", f"--question={OTHER}", f"--question={QUESTION}", "--keep=200",
+        "--max_new_tokens=16", "--format=json", f"--document_cache={cache}",
+    )  # fmt: skip
+    return [json.loads(line) for line in done.stdout.splitlines()], cache
+
+
+def test_several_questions_are_answered_as_if_asked_alone(asked_twice, generated):
+    (first, second), _ = asked_twice
+    assert [first["question"], second["question"]] == [OTHER, QUESTION]
+    for name in ("text", "stop_reason", "indices", "spans", "prompt_tokens", "kept_tokens"):
+        assert second[name] == generated[0][name]
+    assert "read" in first["timings"]
+    assert "read" not in second["timings"]
+
+
+def test_chat_reads_the_text_once_and_not_at_all_from_its_cache(book, asked_twice):
+    (first, second), cache = asked_twice
+    command = [sys.executable, "-m", "gemfilter_jax.cli.main", "chat", f"--prompt_file={book}", "--keep=200",
+               "--max_new_tokens=16", f"--document_cache={cache}"]  # fmt: skip
+    asked = f"{QUESTION}\n{'why ' * 300}\n{OTHER}\n\nnever asked\n"
+    done = subprocess.run(command, input=asked, capture_output=True, text=True, check=True, timeout=300)
+    assert done.stdout == f"{second['text']}\n{first['text']}\n"
+    assert "keep more than that" in done.stderr
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_keep_auto_keeps_fewer_and_still_what_matters(book, generated):
+    done = gemfilter("select", f"--prompt_file={book}", f"--question={QUESTION}", "--keep=auto", "--format=json")
+    fields = json.loads(done.stdout)
+    assert fields["kept_tokens"] < 400
+    text = book.read_text(encoding="utf-8")
+    kept = "".join(text[start:end] for start, end in fields["spans"])
+    assert "The password of the old lighthouse is marigold." in kept
 
 
 def test_report_holds_the_whole_prompt_escaped(book, generated):

@@ -131,6 +131,31 @@ def test_preset_that_does_not_fit(book, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
+        (("generate", "--question=a", "--question=b", "--report=page.html"), ("--report=page.html", "one question")),
+        (("generate", "--document_cache=folder"), ("--document_cache=folder", "needs --question")),
+        (("chat",), ("no text", "--prompt_file")),
+    ],
+)
+def test_questions_that_cannot_be_asked(flags, said):
+    assert_mistake(gemfilter(*flags, stdin=TEXT.encode()), *said)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--tokens=100",), ("--tokens=100",)),
+        (("--texts=no_such_folder",), ("no_such_folder", "is not a folder")),
+        (("--output=no_such_folder/preset.json",), ("no_such_folder", "does not exist")),
+        (("--tokens=6000", "--layers=2"), ("tokens is 6000", "8192")),
+    ],
+)
+def test_calibrate(flags, said):
+    assert_mistake(gemfilter("calibrate", *flags), *said)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
         (("--questions=train",), ("--questions=train", "needles|held_out")),
         (("--facts=5", "--questions=held_out"), ("--facts=5", "[1, 4]")),
         (("--count=0", "--questions=held_out"), ("--count=0",)),

@@ -233,3 +233,31 @@ def test_a_traced_keep_equals_a_static_one(rule):
     np.testing.assert_array_equal(static.lengths, traced.lengths)
     for row, count in enumerate(traced.lengths.tolist()):
         np.testing.assert_array_equal(static.indices[row, :count], traced.indices[row, :count])
+
+
+@pytest.mark.parametrize(
+    ("share", "least", "keep", "kept"),
+    [
+        (0.5, 1, 99, 16),  # 2 required tokens and 3 of the best chunk, in the smallest bucket
+        (0.95, 1, 99, 16),  # 2 required ones, the best chunk, the next, and 2 tokens of the third
+        (1.0, 1, 99, 24),  # 4 tokens of the third
+        (1.0, 1, 20, 20),
+        (0.1, 30, 99, 32),
+        (1.0, 41, 99, 40),  # never more than there are
+    ],
+)
+def test_a_share_of_the_score_decides_how_many_are_kept(share, least, keep, kept):
+    """Chunks of 6 after two required tokens; three have a score, 8, 1 and 1 of 10, the other tokens none."""
+    scores = np.zeros((1, 48), np.float32)
+    for first, total in ((2, 1.0), (14, 8.0), (26, 1.0)):
+        scores[0, first : first + 4] = total / 4
+    required = np.zeros(scores.shape, bool)
+    required[0, :2] = True
+    chunks = np.maximum(np.arange(48) - 2, -1)[None] // 6
+    selection = _select(
+        jnp.asarray(scores), jnp.asarray([40]), keep=keep, capacity=96, required=jnp.asarray(required),
+        chunks=jnp.asarray(chunks), share=share, least=least,
+    )  # fmt: skip
+    assert int(selection.lengths[0]) == kept
+    assert {0, 1} <= set(_kept(selection, 0))
+    assert set(range(14, 20)) <= set(_kept(selection, 0))
