@@ -55,12 +55,9 @@ def test_generate_json_agrees_with_the_library(smollm2, book, generated):
     assert set(fields["timings"]) == {"tokenize", "filter", "prefill", "decode", "compile"}
     kept = "".join(text[start:end] for start, end in fields["spans"])
     assert "The password of the old lighthouse is marigold." in kept
-    assert re.search(
-        rf"read \d+ tokens, kept 200 \(ratio 0\.\d{{4}}\), layers 0 to {smollm2.preset.default.filter_layer} of 30",
-        stderr,
-    )
     layer = smollm2.preset.default.filter_layer
     assert re.search(rf"read \d+ tokens, kept 200 \(ratio 0\.\d{{4}}\), layers 0 to {layer} of 30", stderr)
+    assert re.search(r"filter \d+\.\d\d s", stderr)
 
 
 def test_streamed_text_is_the_same_answer(book, generated):
