@@ -37,7 +37,7 @@ class Preset:
     default: GemFilter
     paper_layer: int
     source: str
-    share: float = 0.9
+    share: float = 0.5
     recall: tuple[Mapping[str, Any], ...] = ()
 
     def layer(self, rule: str) -> int:

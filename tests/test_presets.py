@@ -64,7 +64,7 @@ def test_a_file(tmp_path):
     preset = read_preset(path, tiny.CONFIG)
     assert preset.method("default") == _OWN
     assert preset.method("default", 50, 1) == dataclasses.replace(_OWN, keep=50, filter_layer=1)
-    assert preset.method("default", presets.AUTO) == dataclasses.replace(_OWN, share=0.9)
+    assert preset.method("default", presets.AUTO) == dataclasses.replace(_OWN, share=0.5)
     assert preset.method("paper") == GemFilter.paper(filter_layer=3, keep=96)
     with pytest.raises(UserError, match="keep=auto"):
         preset.method("paper", presets.AUTO)

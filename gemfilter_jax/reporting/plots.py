@@ -36,7 +36,7 @@ def recall(judged: "Sequence[LayerRecall]", target: float, path: str) -> None:
     axes.plot(layers, [one.up_to[-1].share for one in judged], ":", label=f"heads of all layers up to it, keep {last}")
     axes.axhline(target, color="grey", linewidth=0.8)
     axes.set(xlabel="filter layer", ylabel="share of facts kept", xticks=layers, ylim=(0, 1.03))
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper left")
     picture = io.BytesIO()
     figure.savefig(picture, format=pathlib.Path(path).suffix[1:] or "png", dpi=130)
     files.write_whole(path, picture.getvalue())
