@@ -17,11 +17,8 @@ text = "\n\n".join(topics[name] for name in sorted(topics))[:246_000]
 pathlib.Path(sys.argv[1]).write_text(text, encoding="utf-8")
 PYTHON
 
-ask() {
-    printf '\nQuestion: %s\nAnswer: ' "$1"
-    "$bin/gemfilter" generate --prompt_file="$text" --question="$1" --keep=512 --max_new_tokens=48 --show_kept
-}
-
 echo "The text is the Python language reference; the model is SmolLM2-135M, whose context is 8,192 tokens."
-ask "Which module defines an interactive source code debugger for Python programs?"
-ask "Which statement is used for conditional execution?"
+echo "It is read once, for two questions."
+"$bin/gemfilter" generate --prompt_file="$text" --max_new_tokens=48 --show_kept \
+    --question="Which module defines an interactive source code debugger for Python programs?" \
+    --question="Which statement is used for conditional execution?"

@@ -150,8 +150,11 @@ def load(model: Decoder, prompt: Prompt, method: GemFilter, folder: pathlib.Path
         return None
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
-            stored = checkpointer.restore(path)
-        states = [FilterState(**{field: jax.numpy.asarray(array) for field, array in one.items()}) for one in stored]
+            tree = checkpointer.metadata(path).item_metadata.tree
+            device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            arguments = jax.tree.map(lambda _: ocp.ArrayRestoreArgs(sharding=device), tree)
+            stored = checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=arguments))
+        states = [FilterState(**one) for one in stored]
     except Exception:  # Orbax and TensorStore raise many kinds for a damaged checkpoint; the document is read again
         return None
     return Reading(name, _beginnings(model.config, prompt, method), states)

@@ -8,7 +8,7 @@ from gemfilter_jax.methods import GemFilter
 from gemfilter_jax.prompts import Prompt
 
 _SEGMENTS = 4  # within reach: attention costs less in short segments, the template and question more
-_QUESTION_STEP = 64  # room for the question grows by this fraction of the reach
+_QUESTION_STEPS = 64  # room for the question grows by this fraction of the reach
 
 
 def reach(config: ModelConfig, method: GemFilter) -> int:
@@ -32,7 +32,7 @@ def check_room(config: ModelConfig, prompt: Prompt, method: GemFilter) -> None:
 
 def _room(config: ModelConfig, prompt: Prompt, method: GemFilter) -> int:
     """Document tokens in a segment; questions of about the same length leave the same room."""
-    step = max(reach(config, method) // (_SEGMENTS * _QUESTION_STEP), 1)
+    step = max(reach(config, method) // _QUESTION_STEPS, 1)
     return segment_length(config, method) - prompt.head - -(-prompt.tail // step) * step
 
 
