@@ -21,7 +21,7 @@ from gemfilter_jax.evaluation.questions import WHOLE, Case
 from gemfilter_jax.evaluation.summary import wilson
 from gemfilter_jax.methods import FilterAttention, GemFilter
 from gemfilter_jax.pipeline import Pipeline
-from gemfilter_jax.presets import Preset
+from gemfilter_jax.presets import AUTO_SHARE, Preset
 from gemfilter_jax.prompts import encode
 
 _STEPS = 300
@@ -343,7 +343,7 @@ def _preset(model: Pipeline, plan: Plan, method: GemFilter, judged: Sequence[Lay
     )
     return Preset(
         name=model.preset.name if model.preset.name != "none" else model.checkpoint.name,
-        default=dataclasses.replace(method, filter_layer=best.layer, head_weights=heads),
+        default=dataclasses.replace(method, filter_layer=best.layer, head_weights=heads, share=AUTO_SHARE),
         paper_layer=model.preset.paper_layer,
         source=source,
         recall=tuple(row for one in judged for row in _rows(one)),

@@ -45,7 +45,7 @@ class GemFilter:
     filter_layer: int
     keep: int = 1024
     share: float | None = None
-    least: int = 128
+    least: int = 256
     window: int = 32
     normalisation: Normalisation = "softmax"
     head_weights: tuple[float, ...] | None = None

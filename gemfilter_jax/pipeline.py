@@ -95,7 +95,7 @@ class Pipeline:
         """The policy of a rule ("default" or "paper") with the preset's values where none are given.
 
         Args:
-          keep: tokens to keep, or "auto": as many as hold most of the score, up to the preset's number.
+          keep: tokens to keep, or "auto": as many as hold a share of the score, up to the preset's number.
         """
         if rule not in RULES:
             raise UserError(f"rule {rule!r} is unknown; one of {', '.join(RULES)}")

@@ -13,7 +13,9 @@ from gemfilter_jax.errors import UserError
 from gemfilter_jax.methods import GemFilter
 
 AUTO = "auto"
-"""As a budget: as many tokens as hold the preset's share of the score, up to its `keep`."""
+"""As a budget: as many tokens as hold a share of the score, up to the preset's `keep`."""
+
+AUTO_SHARE = 0.3  # of the default model 14 of 15 questions were answered so, 12 and 13 with 1,024 and 512 tokens
 
 _IDENTITY = ("layers", "width", "heads", "kv_heads", "vocab")  # fine-tunes of a model share its preset
 _FIXED = ("keep_required", "positions")  # of a method, no matter of the model
@@ -28,7 +30,6 @@ class Preset:
       name: of the model, "none" if there is no preset for it.
       default: the default rule.
       paper_layer: r of the paper's rule.
-      share: of the score that a budget of "auto" keeps.
       source: where the values come from.
       recall: what `gemfilter calibrate` measured, a row for each layer, set of heads and budget.
     """
@@ -37,7 +38,6 @@ class Preset:
     default: GemFilter
     paper_layer: int
     source: str
-    share: float = 0.5
     recall: tuple[Mapping[str, Any], ...] = ()
 
     def layer(self, rule: str) -> int:
@@ -58,7 +58,9 @@ class Preset:
             if keep == AUTO:
                 raise UserError("the paper's rule keeps a number of tokens; give it in place of keep=auto")
             return GemFilter.paper(layer, budget)
-        share = self.share if keep == AUTO else self.default.share
+        share = self.default.share if keep is None else None
+        if keep == AUTO:
+            share = self.default.share or AUTO_SHARE
         return dataclasses.replace(self.default, filter_layer=layer, keep=budget, share=share)
 
 
@@ -98,7 +100,6 @@ def write_preset(preset: Preset, config: ModelConfig) -> str:
         "model": {name: getattr(config, name) for name in _IDENTITY},
         "default": default,
         "paper_layer": preset.paper_layer,
-        "share": preset.share,
         "source": preset.source,
     }
     rows = ",\n  ".join(json.dumps(row) for row in preset.recall)
@@ -124,7 +125,7 @@ def _parsed(text: str, source: str, config: ModelConfig) -> Preset:
     except ValueError as error:
         raise UserError(f"{source}: not readable as a preset in JSON ({error})") from error
     _expect_object(fields, source)
-    refuse_unknown(fields, {"name", "model", "default", "paper_layer", "share", "source", "recall"}, source)
+    refuse_unknown(fields, {"name", "model", "default", "paper_layer", "source", "recall"}, source)
     model, default = take(fields, "model", source), take(fields, "default", source)
     for part, name in ((model, "model"), (default, "default")):
         _expect_object(part, f"{source}: field {name!r}")
@@ -136,13 +137,10 @@ def _parsed(text: str, source: str, config: ModelConfig) -> Preset:
     if not isinstance(recall, list) or not all(isinstance(row, dict) for row in recall):
         raise UserError(f"{source}: field 'recall' must be a list of objects")
     method = _method(default, config, f"{source}: field 'default'")
-    if "share" in fields and take_positive(fields, "share", source) > 1:
-        raise UserError(f"{source}: field 'share' is {fields['share']!r}, expected at most 1")
     return Preset(
         name=str(take(fields, "name", source)),
         default=method,
         paper_layer=_whole(fields, "paper_layer", 0, source, config.layers - 1),
-        share=take_positive(fields, "share", source, Preset.share),
         source=str(take(fields, "source", source)),
         recall=tuple(recall),
     )
@@ -162,7 +160,7 @@ def _method(fields: dict[str, Any], config: ModelConfig, source: str) -> GemFilt
         if name == "head_weights":
             values[name] = None if value is None else _weights(value, config.heads, source)
         elif name == "share":
-            values[name] = None if value is None else min(take_positive(fields, name, source), 1.0)
+            values[name] = None if value is None else _share(fields, source)
         elif name == "rounds":
             if not isinstance(value, list):
                 raise UserError(f"{source}: field 'rounds' is {value!r}, expected a list of whole numbers")
@@ -178,6 +176,13 @@ def _method(fields: dict[str, Any], config: ModelConfig, source: str) -> GemFilt
                 raise UserError(f"{source}: field {name!r} is {value!r}, one of {', '.join(typing.get_args(kind))}")
             values[name] = value
     return GemFilter(**values)
+
+
+def _share(fields: dict[str, Any], source: str) -> float:
+    share = take_positive(fields, "share", source)
+    if share > 1:
+        raise UserError(f"{source}: field 'share' is {share!r}, expected at most 1")
+    return share
 
 
 def _whole(fields: dict[str, Any], name: str, least: int, source: str, most: int = 2**31 - 1) -> int:

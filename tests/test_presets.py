@@ -64,7 +64,10 @@ def test_a_file(tmp_path):
     preset = read_preset(path, tiny.CONFIG)
     assert preset.method("default") == _OWN
     assert preset.method("default", 50, 1) == dataclasses.replace(_OWN, keep=50, filter_layer=1)
-    assert preset.method("default", presets.AUTO) == dataclasses.replace(_OWN, share=0.5)
+    assert preset.method("default", presets.AUTO) == dataclasses.replace(_OWN, share=presets.AUTO_SHARE)
+    adaptive = dataclasses.replace(preset, default=dataclasses.replace(_OWN, share=0.4))
+    assert adaptive.method("default").share == adaptive.method("default", presets.AUTO).share == 0.4
+    assert adaptive.method("default", 50) == dataclasses.replace(_OWN, keep=50)
     assert preset.method("paper") == GemFilter.paper(filter_layer=3, keep=96)
     with pytest.raises(UserError, match="keep=auto"):
         preset.method("paper", presets.AUTO)
@@ -74,7 +77,7 @@ def test_what_is_written_is_read_back(tmp_path):
     method = dataclasses.replace(
         _OWN, share=0.5, pooling="mean", sentences=False, filter_attention="dense", rounds=(9, 8)
     )
-    written = Preset("tiny", method, paper_layer=1, source="here", share=0.8, recall=({"layer": 1}, {"layer": 2}))
+    written = Preset("tiny", method, paper_layer=1, source="here", recall=({"layer": 1}, {"layer": 2}))
     path = tmp_path / "preset.json"
     path.write_text(write_preset(written, tiny.CONFIG))
     assert read_preset(path, tiny.CONFIG) == written
@@ -88,7 +91,7 @@ def test_what_is_written_is_read_back(tmp_path):
         ({"model": [4]}, "'model': expected a JSON object"),
         ({"paper_layer": None}, "'paper_layer' is missing"),
         ({"paper_layer": 4}, "'paper_layer' is 4; the model has layers 0 to 3"),
-        ({"share": 1.5}, "'share' is 1.5"),
+        ({"share": 0.5}, "unsupported field.* share"),
         ({"recall": 3}, "'recall' must be a list"),
         ({"heads": [1]}, "unsupported field.* heads"),
     ],
@@ -109,6 +112,7 @@ def test_a_file_that_does_not_fit(tmp_path, change, words):
         ({"keep": 0}, "'keep' is 0"),
         ({"keep": True}, "'keep' is True"),
         ({"share": "much"}, "'share' is 'much'"),
+        ({"share": 1.5}, "'share' is 1.5, expected at most 1"),
         ({"sentences": 1}, "'sentences' is 1"),
         ({"pooling": "median"}, "'pooling' is 'median', one of none, mean, max"),
         ({"rounds": 5}, "'rounds' is 5"),

@@ -61,7 +61,8 @@ def define_filter(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "keep",
         None,
-        "Tokens to keep; auto is as many as hold most of the score, up to the preset's number, which is the default.",
+        "Tokens to keep; auto is as many as hold a share of the score, up to the preset's number. The preset's choice "
+        "if not given.",
         flag_values=values,
     )
     flags.register_validator(
