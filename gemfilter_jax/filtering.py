@@ -43,8 +43,7 @@ def keep_tokens(
             together.setdefault(passes.is_tri_shape(method, len(prompt) - prompt.head - prompt.tail), []).append(index)
     for indices in together.values():
         own = [prompts[index] for index in indices]
-        rows = [kept[index] for index in indices]
-        for index, best in zip(indices, _best_of_whole(model, own, rows, method), strict=True):
+        for index, best in zip(indices, _best_of_whole(model, own, method), strict=True):
             kept[index] = best
         count.add(sum(map(len, own)))
     return kept
@@ -170,15 +169,12 @@ def _scores_in_pieces(
     return scores
 
 
-def _best_of_whole(
-    model: Decoder, prompts: Sequence[Prompt], rows: list[np.ndarray], method: GemFilter
-) -> list[np.ndarray]:
+def _best_of_whole(model: Decoder, prompts: Sequence[Prompt], method: GemFilter) -> list[np.ndarray]:
     """What is kept of prompts within reach, all in one pass."""
     ids = [prompt.ids for prompt in prompts]
     document = max(len(prompt) - prompt.head - prompt.tail for prompt in prompts)
-    width = bucket(max(map(len, ids)))
-    scores = passes.scores(model, ids, prompts, method, whole=True, document=document, width=width)
-    return _chosen(list(scores), prompts, rows, method)
+    scores = passes.scores(model, ids, prompts, method, whole=True, document=document, width=bucket(max(map(len, ids))))
+    return _chosen(list(scores), prompts, [np.arange(len(prompt)) for prompt in prompts], method)
 
 
 def _chosen(
