@@ -159,12 +159,14 @@ def _scores_in_pieces(
     done = prompt.head
     parts = segments.pieces(model.config, prompt, rows, method)
     longest = max(map(len, parts))
-    for piece in parts:
-        ids = prompt.ids[np.concatenate([head, piece, tail])]
-        scored = passes.scores(model, [ids], [prompt], method, whole=whole, document=longest, width=width)[0]
-        scores[done : done + len(piece)] = scored[prompt.head : prompt.head + len(piece)]
-        done += len(piece)
-        count.add(len(piece))
+    for group in segments.groups(parts):
+        ids = [prompt.ids[np.concatenate([head, piece, tail])] for piece in group]
+        alike = [prompt] * len(group)
+        scored = passes.scores(model, ids, alike, method, whole=whole, document=longest, width=width)
+        for row, piece in zip(scored, group, strict=True):
+            scores[done : done + len(piece)] = row[prompt.head : prompt.head + len(piece)]
+            done += len(piece)
+            count.add(len(piece))
     count.add(prompt.head + prompt.tail)
     return scores
 

@@ -19,7 +19,6 @@ from gemfilter_jax.models.decoder import Decoder
 from gemfilter_jax.passes import Progress
 from gemfilter_jax.prompts import Prompt
 
-_TOGETHER = 4  # segments that are read in one pass
 _VERSION = "1"  # of what is saved
 
 
@@ -43,7 +42,7 @@ class Reading:
     Attributes:
       key: stands for the model, the method's filter pass and the document, see `key`.
       beginnings: what has been read.
-      states: of up to four beginnings each, in order.
+      states: of the beginnings in `segments.groups`, in order.
     """
 
     key: str
@@ -57,8 +56,7 @@ class Reading:
         overlap = max(method.window - prompt.tail, 0)  # rows of the document that look for its tokens too
         scores = np.zeros(len(prompt), np.float32)
         done = prompt.head
-        for index, state in enumerate(self.states):
-            group = self.beginnings[index * _TOGETHER : (index + 1) * _TOGETHER]
+        for state, group in zip(self.states, segments.groups(self.beginnings), strict=True):
             endings = [np.concatenate([one.ids[len(one.ids) - overlap :], question]) for one in group]
             ids, lengths = passes.pad(endings, bucket(prompt.tail + overlap))
             scored = two_stage.score_after(
@@ -111,8 +109,7 @@ def read(model: Decoder, prompt: Prompt, method: GemFilter, *, progress: Progres
     longest = max(len(one.ids) for one in beginnings)
     width = bucket(longest if len(beginnings) == 1 else segments.segment_length(model.config, method))
     states, done = [], 0
-    for start in range(0, len(beginnings), _TOGETHER):
-        group = beginnings[start : start + _TOGETHER]
+    for group in segments.groups(beginnings):
         ids, lengths = passes.pad([one.ids for one in group], width)
         pattern = passes.pattern(method, longest - prompt.head, np.zeros(len(group), np.int32))
         extents = lengths + prompt.tail
