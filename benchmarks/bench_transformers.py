@@ -20,7 +20,7 @@ from gemfilter_jax.evaluation import bench, needle
 from gemfilter_jax.prompts import encode
 
 _NEW_TOKENS = 32
-_METHODS = {"default": None, "default, keep auto": "auto", "full": "full"}
+_METHODS = ("default", "full")
 
 
 def _transformers_seconds(ids: list[int], dtype: torch.dtype) -> float:
@@ -35,9 +35,9 @@ def _transformers_seconds(ids: list[int], dtype: torch.dtype) -> float:
         return time.perf_counter() - started
 
 
-def _own_seconds(model: gemfilter_jax.Pipeline, case, kind: str | None) -> float:
+def _own_seconds(model: gemfilter_jax.Pipeline, case, name: str) -> float:
     endless = dataclasses.replace(model, checkpoint=dataclasses.replace(model.checkpoint, stop_tokens=()))
-    method = gemfilter_jax.Full() if kind == "full" else model.method(keep=kind)
+    method = gemfilter_jax.Full() if name == "full" else model.method()
     timings = {}
     for _ in range(2):  # the first to compile
         result = endless.generate(case.text, case.question, method=method, max_new_tokens=_NEW_TOKENS)
@@ -54,7 +54,7 @@ def _main(output: str, tokens: int) -> None:
         for dtype in (torch.float32, torch.bfloat16)
     }
     best = min(rows.values())
-    rows |= {f"gemfilter_jax, {name}": _own_seconds(model, case, kind) for name, kind in _METHODS.items()}
+    rows |= {f"gemfilter_jax, {name}": _own_seconds(model, case, name) for name in _METHODS}
     for name, seconds in rows.items():
         print(f"{name:36} {seconds:7.2f} s   transformers' best / this: {best / seconds:.2f}")
     result = {
