@@ -64,8 +64,10 @@ def pieces(config: ModelConfig, prompt: Prompt, rows: np.ndarray, method: GemFil
 
 
 def groups(parts: Sequence[_Part]) -> list[Sequence[_Part]]:
-    """Segments, or what belongs to each, as they pass through the filter together."""
-    return [parts[start : start + _TOGETHER] for start in range(0, len(parts), _TOGETHER)]
+    """Segments, or what belongs to each, as they pass through the filter: several at a time, the rest one by one."""
+    together = len(parts) // _TOGETHER * _TOGETHER
+    several = [parts[start : start + _TOGETHER] for start in range(0, together, _TOGETHER)]
+    return several + [parts[start : start + 1] for start in range(together, len(parts))]
 
 
 def chunks(prompt: Prompt, method: GemFilter) -> np.ndarray:
