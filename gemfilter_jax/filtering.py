@@ -55,12 +55,9 @@ def keep_tokens_of_document(
     """As `keep_tokens` of one prompt whose document has been read already.
 
     Args:
-      reading: whose `key` is the prompt's.
-
-    Raises:
-      UserError: the method does not fit the model or the prompt.
+      prompt, method: which have passed `check`.
+      reading: which fits them.
     """
-    check(model, prompt, method)
     if len(prompt) <= method.keep:
         return np.arange(len(prompt))
     whole = len(prompt) <= segments.reach(model.config, method)

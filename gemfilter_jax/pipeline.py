@@ -319,21 +319,28 @@ class Document:
         filtering.check(model, prompt, method)
         if len(prompt) <= method.keep:
             return prompt, np.arange(len(prompt))
-        if self._reading is None or self._reading.key != reading.key(model, prompt, method):
-            with watch.stage("read"):
-                self._reading = self._read(prompt, progress)
+        known = self._read(prompt, watch, progress)
         with watch.stage("filter"):
-            return prompt, filtering.keep_tokens_of_document(model, prompt, method, self._reading, progress=progress)
+            return prompt, filtering.keep_tokens_of_document(model, prompt, method, known, progress=progress)
 
-    def _read(self, prompt: Prompt, progress: Progress | None) -> Reading:
+    def _read(self, prompt: Prompt, watch: Stopwatch, progress: Progress | None) -> Reading:
+        model, method = self._model.checkpoint.model, self._method
+        with watch.stage("filter"):
+            if self._reading and self._reading.fits(model.config, prompt, method):
+                return self._reading
+        with watch.stage("read"):
+            self._reading = None  # so that two of them are never in memory
+            self._reading = self._read_anew(prompt, progress)
+            return self._reading
+
+    def _read_anew(self, prompt: Prompt, progress: Progress | None) -> Reading:
         model, method = self._model.checkpoint.model, self._method
         saved = reading.load(model, prompt, method, self._cache) if self._cache else None
         if saved:
             return saved
-        self._reading = None  # so that two of them are never in memory
         made = reading.read(model, prompt, method, progress=progress)
         if self._cache:
-            reading.save(made, self._cache)
+            reading.save(made, self._cache, reading.key(model, prompt, method))
         return made
 
 

@@ -1,6 +1,7 @@
 """Text to tokens: the chat template around a document and a question, and what of it must always be kept."""
 
 import dataclasses
+import functools
 import re
 
 import numpy as np
@@ -43,7 +44,7 @@ class Prompt:
         positions = np.arange(len(self))
         return (positions < self.head) | (positions >= len(self) - self.tail)
 
-    @property
+    @functools.cached_property
     def sentences(self) -> np.ndarray:
         """int [S], the number of the sentence that each token begins in; blank lines end sentences too."""
         ends = [match.end() for match in _SENTENCE_END.finditer(self.text)]

@@ -6,6 +6,7 @@ import pathlib
 import tempfile
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -40,14 +41,20 @@ class Reading:
     """Keys and values of a document's segments, or of all of it at once, up to the layer that filters.
 
     Attributes:
-      key: stands for the model, the method's filter pass and the document, see `key`.
       beginnings: what has been read.
       states: of the beginnings in `segments.groups`, in order.
     """
 
-    key: str
     beginnings: list[Beginning]
     states: list[FilterState]
+
+    def fits(self, config: ModelConfig, prompt: Prompt, method: GemFilter) -> bool:
+        """Whether this model and method would read the same of the prompt, whatever its question."""
+        wanted = _beginnings(config, prompt, method)
+        return len(wanted) == len(self.beginnings) and all(
+            one.long == other.long and np.array_equal(one.ids, other.ids)
+            for one, other in zip(wanted, self.beginnings, strict=True)
+        )
 
     def scores(self, model: Decoder, prompt: Prompt, method: GemFilter) -> np.ndarray:
         """float32 [S], a score for each token of a prompt with this document; 0 for required ones."""
@@ -118,11 +125,11 @@ def read(model: Decoder, prompt: Prompt, method: GemFilter, *, progress: Progres
         done += sum(len(one.ids) for one in group)
         if progress:
             progress(done, sum(len(one.ids) for one in beginnings))
-    return Reading(key(model, prompt, method), beginnings, states)
+    return Reading(beginnings, states)
 
 
-def save(reading: Reading, folder: pathlib.Path) -> None:
-    """Write a reading into a folder of readings, where it appears whole or not at all.
+def save(reading: Reading, folder: pathlib.Path, name: str) -> None:
+    """Write a reading into a folder of readings, where it appears whole or not at all, under its `key`.
 
     Raises:
       UserError: the folder cannot be written.
@@ -133,28 +140,27 @@ def save(reading: Reading, folder: pathlib.Path) -> None:
             written = pathlib.Path(aside) / "states"
             with ocp.PyTreeCheckpointer() as checkpointer:
                 checkpointer.save(written, _as_tree(reading.states))
-            if not (folder / reading.key).exists():
-                written.rename(folder.absolute() / reading.key)
+            if not (folder / name).exists():
+                written.rename(folder.absolute() / name)
     except OSError as error:
         raise UserError(f"{folder}: the reading of the document cannot be written there ({error.strerror})") from error
 
 
 def load(model: Decoder, prompt: Prompt, method: GemFilter, folder: pathlib.Path) -> Reading | None:
     """The reading of a prompt's document from a folder of readings; None if it holds none, or a damaged one."""
-    name = key(model, prompt, method)
-    path = folder.absolute() / name
+    path = folder.absolute() / key(model, prompt, method)
     if not path.is_dir():
         return None
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             tree = checkpointer.metadata(path).item_metadata.tree
-            device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-            arguments = jax.tree.map(lambda _: ocp.ArrayRestoreArgs(sharding=device), tree)
+            # Through the host, so that they are bound to no device and go where the model's weights are.
+            arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
             stored = checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=arguments))
-        states = [FilterState(**one) for one in stored]
+        states = [FilterState(**jax.tree.map(jnp.asarray, one)) for one in stored]
     except Exception:  # Orbax and TensorStore raise many kinds for a damaged checkpoint; the document is read again
         return None
-    return Reading(name, _beginnings(model.config, prompt, method), states)
+    return Reading(_beginnings(model.config, prompt, method), states)
 
 
 def _as_tree(states: list[FilterState]) -> list[dict[str, jax.Array]]:

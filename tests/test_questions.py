@@ -21,7 +21,7 @@ class Model:
     """Answers everything alike, from the same kept spans."""
 
     def __init__(self, text: str, spans: list[tuple[int, int]]):
-        self.result = types.SimpleNamespace(text=text, selection=types.SimpleNamespace(spans=spans))
+        self.result = types.SimpleNamespace(text=text, selection=types.SimpleNamespace(spans=spans), timings={})
 
     def generate(self, text, question, *, method, max_new_tokens):
         assert (text, question, max_new_tokens) == (CASE.text, CASE.question, 48)
@@ -76,9 +76,9 @@ def test_wilson_of_no_proportion(successes, trials):
 def test_summary_by_length():
     longer = Case(**{**vars(CASE), "tokens": 200})
     outcomes = [
-        Outcome(CASE, "", right=True, kept=1.0, facts_kept=1.0),
-        Outcome(longer, "", right=False, kept=0.5, facts_kept=0.5),
-        Outcome(CASE, "", right=False, kept=0.5, facts_kept=0.0),
+        Outcome(CASE, "", right=True, kept=1.0, facts_kept=1.0, timings={}),
+        Outcome(longer, "", right=False, kept=0.5, facts_kept=0.5, timings={}),
+        Outcome(CASE, "", right=False, kept=0.5, facts_kept=0.0, timings={}),
     ]
     counted = summary.by_length(outcomes)
     assert counted[100] == summary.Summary(asked=2, right=1, kept=0.75, facts_kept=0.5, all_kept=1)

@@ -45,21 +45,27 @@ def test_other_questions_keep_what_they_keep_anew(length, change, tail):
     read = reading.read(model, _prompt(length, tail=tail), method)
     for question in (0, 1):
         prompt = _prompt(length, question, tail)
-        assert read.key == reading.key(model, prompt, method)
+        assert read.fits(model.config, prompt, method)
         again = filtering.keep_tokens_of_document(model, prompt, method, read)
         (anew,) = filtering.keep_tokens(model, [prompt], method)
         np.testing.assert_array_equal(again, anew)
 
 
+def _save(model, prompt, method, folder):
+    made = reading.read(model, prompt, method)
+    reading.save(made, folder, reading.key(model, prompt, method))
+    return made
+
+
 def test_a_saved_reading_is_the_same(tmp_path):
     model, prompt = tiny.decoder(), _prompt(1999)
-    made = reading.read(model, prompt, _METHOD)
-    reading.save(made, tmp_path / "new" / "folder")
-    reading.save(made, tmp_path / "new" / "folder")
-    loaded = reading.load(model, _prompt(1999, question=1), _METHOD, tmp_path / "new" / "folder")
+    folder = tmp_path / "new" / "folder"
+    made = _save(model, prompt, _METHOD, folder)
+    _save(model, prompt, _METHOD, folder)
+    loaded = reading.load(model, _prompt(1999, question=1), _METHOD, folder)
     assert loaded is not None
     np.testing.assert_array_equal(loaded.scores(model, prompt, _METHOD), made.scores(model, prompt, _METHOD))
-    assert [path.name for path in (tmp_path / "new" / "folder").iterdir()] == [made.key]
+    assert [path.name for path in folder.iterdir()] == [reading.key(model, prompt, _METHOD)]
 
 
 def _changed_text(model, prompt, method):
@@ -89,16 +95,18 @@ def _a_long_question(model, prompt, method):
 )
 def test_a_reading_of_something_else_is_not_used(tmp_path, change):
     before = (tiny.decoder(), _prompt(1999), _METHOD)
-    reading.save(reading.read(*before), tmp_path)
+    made = _save(*before, tmp_path)
     assert reading.load(*before, tmp_path) is not None
-    assert reading.load(*change(*before), tmp_path) is None
+    model, prompt, method = change(*before)
+    assert reading.load(model, prompt, method, tmp_path) is None
+    if change in (_changed_text, _a_long_question):  # what may change between the questions of one document
+        assert not made.fits(model.config, prompt, method)
 
 
 def test_a_damaged_reading_is_read_again(tmp_path):
     model, prompt = tiny.decoder(), _prompt(700)
-    made = reading.read(model, prompt, _METHOD)
-    reading.save(made, tmp_path)
-    for path in (tmp_path / made.key).rglob("*"):
+    _save(model, prompt, _METHOD, tmp_path)
+    for path in (tmp_path / reading.key(model, prompt, _METHOD)).rglob("*"):
         if path.is_file():
             path.write_bytes(b"")
     assert reading.load(model, prompt, _METHOD, tmp_path) is None

@@ -20,7 +20,6 @@ options.define_rule(FLAGS)
 options.define_filter(FLAGS)
 options.define_answer(FLAGS)
 options.define_document_cache(FLAGS)
-flags.DEFINE_bool("show_kept", False, "Show the kept passages, highlighted, on standard error.", flag_values=FLAGS)
 
 
 def main(_: list[str]) -> None:
@@ -51,10 +50,7 @@ def main(_: list[str]) -> None:
             print(error, file=sys.stderr)
             continue
         print()
-        if FLAGS.show_kept:
-            terminal.show_kept(console, result.selection)
-        layers = options.layers_run(model, method)
-        print(terminal.closing_lines(result.selection, layers, result.timings), file=sys.stderr)
+        options.tell_kept(FLAGS, model, method, result)
 
 
 def run() -> None:

@@ -166,6 +166,7 @@ def _result(methods: "Mapping[str, Method]", outcomes: "Mapping[str, Sequence[Ou
                 "right": outcome.right,
                 "kept": round(outcome.kept, 3),
                 "facts_kept": round(outcome.facts_kept, 3),
+                "seconds": {stage: round(seconds, 2) for stage, seconds in outcome.timings.items()},
             }
             for name, own in outcomes.items()
             for outcome in own

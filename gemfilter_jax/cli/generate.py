@@ -8,8 +8,8 @@ and stop_reason. --question may be given several times: the text is then read on
 line for each, with the question.
 """
 
+import functools
 import json
-import sys
 from typing import TYPE_CHECKING
 
 from absl import flags
@@ -19,7 +19,7 @@ from gemfilter_jax.cli import command, options
 from gemfilter_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from collections.abc import Callable
 
     from gemfilter_jax.methods import GemFilter
     from gemfilter_jax.pipeline import Pipeline, Result
@@ -38,7 +38,6 @@ flags.DEFINE_multi_string(
     "What to ask of the text, may be given several times; without it the text ends in its own question.",
     flag_values=FLAGS,
 )
-flags.DEFINE_bool("show_kept", False, "Show the kept passages, highlighted, on standard error.", flag_values=FLAGS)
 
 
 def main(_: list[str]) -> None:
@@ -51,9 +50,6 @@ def main(_: list[str]) -> None:
     if FLAGS.document_cache is not None and not FLAGS.question:
         raise UserError(f"--document_cache={FLAGS.document_cache}: needs --question, which is not part of the text")
 
-    from rich.console import Console
-
-    console = Console(stderr=True)
     model = options.load_pipeline(FLAGS)
     method = options.chosen_method(FLAGS, model)
     if len(FLAGS.question) > 1 or FLAGS.document_cache is not None:
@@ -61,38 +57,30 @@ def main(_: list[str]) -> None:
         for question in FLAGS.question:
             if FLAGS.format == "text":
                 print(f"{question}\n> " if len(FLAGS.question) > 1 else "", end="", flush=True)
-            _answer(console, model, method, question, lambda asked, settings: document.ask(asked, **settings))
+            _answer(model, method, question, functools.partial(document.ask, question))
     else:
         question = FLAGS.question[0] if FLAGS.question else None
-        _answer(
-            console,
-            model,
-            method,
-            question,
-            lambda asked, settings: model.generate(text, asked, method=method, **settings),
-        )
+        _answer(model, method, question, functools.partial(model.generate, text, question, method=method))
 
 
-def _answer(console: "Console", model: "Pipeline", method: "GemFilter", question: str | None, ask) -> None:
-    """Ask one question and print what becomes of it; `ask` takes it and the settings of the answer."""
+def _answer(model: "Pipeline", method: "GemFilter", question: str | None, ask: "Callable[..., Result]") -> None:
+    """Ask one question and print what becomes of it; `ask` takes the settings of the answer."""
+    from rich.console import Console
+
     from gemfilter_jax.reporting import html, terminal
 
     as_json = FLAGS.format == "json"
-    with terminal.reading_progress(console) as progress:
-        settings = options.answer_settings(FLAGS) | {"progress": progress}
-        result: Result = ask(question, settings | {"on_text": None if as_json else terminal.write})
+    with terminal.reading_progress(Console(stderr=True)) as progress:
+        result = ask(on_text=None if as_json else terminal.write, progress=progress, **options.answer_settings(FLAGS))
     if as_json:
         fields = options.kept_fields(result.selection, result.timings)
         fields |= {"text": result.text, "stop_reason": result.stop_reason}
         print(json.dumps(fields | {"question": question} if len(FLAGS.question) > 1 else fields))
     else:
         print()
-    if FLAGS.show_kept:
-        terminal.show_kept(console, result.selection)
     if FLAGS.report:
         files.write_whole(FLAGS.report, html.page(result.selection, question, result.text))
-    layers = options.layers_run(model, method)
-    print(terminal.closing_lines(result.selection, layers, result.timings), file=sys.stderr)
+    options.tell_kept(FLAGS, model, method, result)
 
 
 def run() -> None:

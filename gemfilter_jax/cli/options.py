@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # commands parse their flags before they import JAX, so that 
 
     from gemfilter_jax.config import ModelConfig
     from gemfilter_jax.methods import GemFilter, Method
-    from gemfilter_jax.pipeline import KeptText, Pipeline
+    from gemfilter_jax.pipeline import KeptText, Pipeline, Result
     from gemfilter_jax.presets import Preset
 
 _METHODS = ("full", "default", "paper")
@@ -114,7 +114,7 @@ def define_kept_text(values: flags.FlagValues) -> None:
 
 
 def define_answer(values: flags.FlagValues) -> None:
-    """How answers are written."""
+    """How answers are written, and --show_kept."""
     flags.DEFINE_integer("max_new_tokens", 128, "Tokens to write at most.", lower_bound=1, flag_values=values)
     flags.DEFINE_float("temperature", 0.0, "0 is greedy.", lower_bound=0.0, flag_values=values)
     flags.DEFINE_integer(
@@ -129,6 +129,7 @@ def define_answer(values: flags.FlagValues) -> None:
         flag_values=values,
     )
     flags.DEFINE_integer("seed", 0, "Of the draws.", lower_bound=0, flag_values=values)
+    flags.DEFINE_bool("show_kept", False, "Show the kept passages, highlighted, on standard error.", flag_values=values)
 
 
 def define_document_cache(values: flags.FlagValues) -> None:
@@ -259,6 +260,18 @@ def compared_methods(values: flags.FlagValues, model: "Pipeline") -> dict[str, "
     from gemfilter_jax.methods import Full
 
     return {name: Full() if name == "full" else _method(values, model, name) for name in values.method}
+
+
+def tell_kept(values: flags.FlagValues, model: "Pipeline", method: "GemFilter", result: "Result") -> None:
+    """After an answer, on standard error: the kept passages if --show_kept, and the closing lines."""
+    from rich.console import Console
+
+    from gemfilter_jax.reporting import terminal
+
+    if values.show_kept:
+        terminal.show_kept(Console(stderr=True), result.selection)
+    layers = layers_run(model, method)
+    print(terminal.closing_lines(result.selection, layers, result.timings), file=sys.stderr)
 
 
 def layers_run(model: "Pipeline", method: "GemFilter") -> str:

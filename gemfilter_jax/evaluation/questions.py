@@ -46,6 +46,7 @@ class Outcome:
       right: whether that contains every answer, in either case.
       kept: the share of the facts' characters that was kept.
       facts_kept: the share of the facts that were kept whole, or nearly (`WHOLE`).
+      timings: seconds per stage; see `Result`.
     """
 
     case: Case
@@ -53,6 +54,7 @@ class Outcome:
     right: bool
     kept: float
     facts_kept: float
+    timings: dict[str, float]
 
 
 class Asking:
@@ -91,4 +93,5 @@ def _outcome(case: Case, result: Result) -> Outcome:
         right=all(answer.lower() in result.text.lower() for answer in case.answers),
         kept=sum(covered) / sum(lengths),
         facts_kept=sum(whole) / len(whole),
+        timings=result.timings,
     )
