@@ -2,10 +2,13 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+
+from gemfilter_jax.precision import precision_of
 
 _BLOCK = 512  # queries and keys per block: the fastest of 64..1024 on two AVX-512 cores at S = 8192, E = 64
 _BAND_BLOCK = 256  # of a tri_shape: what lies outside the band in a block is computed for nothing
@@ -58,8 +61,10 @@ def causal(
         padding = -length % block
         if padding:
             q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k, v))
-        out = _blockwise(q, k, v, lengths, block, window, pattern)[:, :length]
-        if pattern is None or pattern.room == 0:
+        if pattern is None:
+            return _dense(q, k, v, lengths, block, window)[:, :length]
+        out = _banded(q, k, v, lengths, block, window, pattern)[:, :length]
+        if pattern.room == 0:
             return out
         room = min(pattern.room, length)
         positions = lengths[:, None] - room + jnp.arange(room)
@@ -70,24 +75,12 @@ def causal(
         return out.at[jnp.arange(len(out))[:, None], columns].set(dense, mode="drop")
 
 
-def _blockwise(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    lengths: jax.Array,
-    block: int,
-    window: jax.typing.ArrayLike | None,
-    pattern: TriShape | None,
+def _dense(
+    q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array, block: int, window: jax.typing.ArrayLike | None
 ) -> jax.Array:
-    groups, repeats = k.shape[2], q.shape[2] // k.shape[2]
-    scaled = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
-    query_blocks = rearrange(scaled, "b (n s) (g r) e -> n b g (r s) e", s=block, g=groups)
+    repeats = q.shape[2] // k.shape[2]
     k, v = rearrange(k, "b s g e -> b g s e"), rearrange(v, "b s g e -> b g s e")
     ahead = jnp.tile(jnp.arange(block)[:, None] - jnp.arange(block), (repeats, 1))  # of a query to a key in one block
-    last_block = (jnp.max(lengths) - 1) // block
-    near = window
-    if pattern is not None:
-        near = pattern.band if window is None else jnp.minimum(window, pattern.band)
 
     def attend(index, queries):
         def accumulate(j, carry, diagonal=False):
@@ -95,25 +88,71 @@ def _blockwise(
             vj = jax.lax.dynamic_slice_in_dim(v, j * block, block, axis=2)
             distance = ahead + (index - j) * block
             seen = [distance >= 0] if diagonal else []
-            if near is not None:
-                seen.append(distance < near)
+            if window is not None:
+                seen.append(distance < window)
             return _accumulate(queries, kj, vj, seen, carry)
 
-        carry = _nothing(queries)
-        if pattern is not None and pattern.first:
-            first = min(pattern.first, k.shape[2])
-            distance = ahead[:, :1] + index * block - jnp.arange(first)
-            seen = [distance >= near] if window is None else [distance >= near, distance < window]
-            carry = _accumulate(queries, k[:, :, :first], v[:, :, :first], seen, carry)
-        start = 0 if near is None else jnp.maximum(index * block - near + 1, 0) // block
-        carry = jax.lax.fori_loop(start, index, accumulate, carry)
+        start = 0 if window is None else jnp.maximum(index * block - window + 1, 0) // block
+        carry = jax.lax.fori_loop(start, index, accumulate, _nothing(queries))
         return _finished(accumulate(index, carry, diagonal=True), q.dtype)
 
-    def attend_unless_padding(index_and_queries):
-        index, queries = index_and_queries
-        return jax.lax.cond(index <= last_block, attend, lambda _, queries: jnp.zeros_like(queries), index, queries)
+    return _over_query_blocks(attend, q, k.shape[1], lengths, block)
 
-    out = jax.lax.map(attend_unless_padding, (jnp.arange(len(query_blocks)), query_blocks))
+
+def _banded(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lengths: jax.Array,
+    block: int,
+    window: jax.typing.ArrayLike | None,
+    pattern: TriShape,
+) -> jax.Array:
+    """First tokens and band of a tri_shape: a block's queries see few keys, whose softmax is made in one go."""
+    length, repeats = k.shape[1], q.shape[2] // k.shape[2]
+    first = min(pattern.first, length)
+    before = min(-(-(pattern.band - 1) // block), length // block - 1) * block
+    span = before + block
+    k, v = rearrange(k, "b s g e -> b g s e"), rearrange(v, "b s g e -> b g s e")
+    first_k, first_v = k[:, :, :first], v[:, :, :first]
+    k, v = (jnp.pad(x, ((0, 0), (0, 0), (before, 0), (0, 0))) for x in (k, v))
+    near = pattern.band if window is None else jnp.minimum(window, pattern.band)
+
+    def attend(index, queries):
+        start = index * block
+        keys = jnp.concatenate([first_k, jax.lax.dynamic_slice_in_dim(k, start, span, axis=2)], axis=2)
+        values = jnp.concatenate([first_v, jax.lax.dynamic_slice_in_dim(v, start, span, axis=2)], axis=2)
+        places = jnp.concatenate([jnp.arange(first), start - before + jnp.arange(span)])
+        distance = start + jnp.arange(block)[:, None] - places
+        in_band = (distance >= 0) & (distance < near) & (places >= 0)
+        far = distance >= near if window is None else (distance >= near) & (distance < window)
+        bias = jnp.where(jnp.where(jnp.arange(first + span) < first, far, in_band), 0.0, _MASKED)
+        precision = precision_of(queries)
+        logits = jnp.einsum("bgqe,bgke->bgqk", queries, keys, precision=precision, preferred_element_type=jnp.float32)
+        logits = rearrange(logits, "b g (r s) k -> b g r s k", r=repeats) + bias
+        mass = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
+        total = rearrange(mass.sum(axis=-1), "b g r s -> b g (r s) 1")
+        mass = rearrange(mass.astype(v.dtype), "b g r s k -> b g (r s) k")
+        summed = jnp.einsum("bgqk,bgke->bgqe", mass, values, precision=precision, preferred_element_type=jnp.float32)
+        return (summed / total).astype(q.dtype)
+
+    return _over_query_blocks(attend, q, k.shape[1], lengths, block)
+
+
+def _over_query_blocks(
+    attend: Callable[[jax.Array, jax.Array], jax.Array], q: jax.Array, groups: int, lengths: jax.Array, block: int
+) -> jax.Array:
+    """attend(index, scaled queries [B, G, R * block, E]) over blocks of q [B, S, H, E]; zeros where all is padding."""
+    repeats = q.shape[2] // groups
+    scaled = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+    blocks = rearrange(scaled, "b (n s) (g r) e -> n b g (r s) e", s=block, g=groups)
+    last = (jnp.max(lengths) - 1) // block
+
+    def attend_unless_padding(numbered):
+        index, queries = numbered
+        return jax.lax.cond(index <= last, attend, lambda _, queries: jnp.zeros_like(queries), index, queries)
+
+    out = jax.lax.map(attend_unless_padding, (jnp.arange(len(blocks)), blocks))
     return rearrange(out, "n b g (r s) e -> b (n s) (g r) e", r=repeats)
 
 
@@ -129,7 +168,7 @@ def _nothing(queries: jax.Array) -> _Sums:
 def _accumulate(queries: jax.Array, k: jax.Array, v: jax.Array, seen: list[jax.Array], sums: _Sums) -> _Sums:
     """Add keys and values [B, G, K, E] where all of `seen`, broadcast to [B, G, Q, K], is true."""
     acc, peak, total = sums
-    precision = _precision(queries)
+    precision = precision_of(queries)
     logits = jnp.einsum("bgqe,bgke->bgqk", queries, k, precision=precision, preferred_element_type=jnp.float32)
     for visible in seen:
         logits = jnp.where(visible, logits, _MASKED)
@@ -192,7 +231,7 @@ def one_row(
       [B, 1, H, E].
     """
     with jax.named_scope("attention"):
-        precision = _precision(q)
+        precision = precision_of(q)
         rows = rearrange(q[:, 0] * jnp.asarray(q.shape[-1] ** -0.5, q.dtype), "b (g r) e -> b g r e", g=k.shape[2])
         logits = jnp.einsum("bgre,bcge->bgrc", rows, k, precision=precision, preferred_element_type=jnp.float32)
         places = jnp.arange(k.shape[1])
@@ -204,7 +243,3 @@ def one_row(
             "bgrc,bcge->bgre", weights.astype(v.dtype), v, precision=precision, preferred_element_type=jnp.float32
         )
         return rearrange(out, "b g r e -> b 1 (g r) e").astype(q.dtype)
-
-
-def _precision(x: jax.Array) -> jax.lax.Precision | None:
-    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None

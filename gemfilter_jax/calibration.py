@@ -19,7 +19,7 @@ from gemfilter_jax.errors import UserError
 from gemfilter_jax.evaluation import facts
 from gemfilter_jax.evaluation.questions import WHOLE, Case
 from gemfilter_jax.evaluation.summary import wilson
-from gemfilter_jax.methods import FilterAttention, GemFilter
+from gemfilter_jax.methods import FilterAttention, FilterPrecision, GemFilter
 from gemfilter_jax.pipeline import Pipeline
 from gemfilter_jax.presets import AUTO_SHARE, Preset
 from gemfilter_jax.prompts import encode
@@ -56,7 +56,7 @@ def record(model: Pipeline, case: Case, method: GemFilter, layers: int) -> Recor
 
     Args:
       case: no longer than the model's reach.
-      method: its window, pooling, chunks and attention are used.
+      method: its window, pooling, chunks, attention and precision are used.
     """
     prompt = encode(
         model.checkpoint.tokenizer,
@@ -70,7 +70,7 @@ def record(model: Pipeline, case: Case, method: GemFilter, layers: int) -> Recor
     ids, lengths = passes.pad([prompt.ids], width)
     tails = np.array([max(prompt.tail, method.window)])
     scores = two_stage.score_heads(
-        model.checkpoint.model,
+        passes.filtering(model.checkpoint.model, method),
         ids,
         lengths,
         layers=layers,
@@ -268,7 +268,7 @@ class Plan:
       train, held_out: questions to learn on and to judge on.
       distractors: facts like the asked one in each text.
       seed: of facts, their places and the texts.
-      filter_attention: see `GemFilter`.
+      filter_attention, filter_precision: see `GemFilter`.
     """
 
     keep: int
@@ -280,6 +280,7 @@ class Plan:
     distractors: int
     seed: int
     filter_attention: FilterAttention
+    filter_precision: FilterPrecision
 
 
 def calibrate(
@@ -298,7 +299,12 @@ def calibrate(
     Raises:
       UserError: texts are longer than the model reads in one pass, or too short for their facts.
     """
-    method = GemFilter(filter_layer=0, keep=plan.keep, filter_attention=plan.filter_attention)
+    method = GemFilter(
+        filter_layer=0,
+        keep=plan.keep,
+        filter_attention=plan.filter_attention,
+        filter_precision=plan.filter_precision,
+    )
     config = model.checkpoint.model.config
     if plan.tokens > config.context // 2:
         raise UserError(f"tokens is {plan.tokens}; the model reads {config.context}, at most half of which is tried")

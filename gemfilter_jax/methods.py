@@ -7,6 +7,7 @@ from gemfilter_jax.scoring import Normalisation
 from gemfilter_jax.selection import Pooling
 
 FilterAttention = Literal["auto", "dense", "tri_shape"]
+FilterPrecision = Literal["float", "int8"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,7 @@ class GemFilter:
         `band` of keys before it, and the last rows see everything), which is linear in S, or "auto", tri_shape for
         prompts of more than twice the band.
       band, first_tokens: see `attention.TriShape`.
+      filter_precision: of matrix products up to the scores: "float", the model's own, or "int8", see `Decoder.in_int8`.
       rounds: of a prompt beyond the model's reach, the tokens that are left for each further pass through the filter;
         none if the first pass chooses the K.
       positions: rotary positions of the kept tokens in stage 2: "compact" (0..K-1, as published) or "original".
@@ -57,6 +59,7 @@ class GemFilter:
     filter_attention: FilterAttention = "auto"
     band: int = 512
     first_tokens: int = 64
+    filter_precision: FilterPrecision = "float"
     rounds: tuple[int, ...] = ()
     positions: Literal["compact", "original"] = "compact"
 

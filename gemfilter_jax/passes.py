@@ -38,7 +38,7 @@ def scores(
     tails = np.array([max(prompt.tail, method.window) for prompt in prompts], np.int32)
     return np.asarray(
         two_stage.score_prompt(
-            model,
+            filtering(model, method),
             padded,
             lengths,
             jnp.int32(method.filter_layer),
@@ -48,6 +48,11 @@ def scores(
             pattern=pattern(method, document, tails),
         )
     )
+
+
+def filtering(model: Decoder, method: GemFilter) -> Decoder:
+    """The model as it is run in the filter."""
+    return model.in_int8() if method.filter_precision == "int8" else model
 
 
 def head_weights(model: Decoder, method: GemFilter) -> jax.Array:

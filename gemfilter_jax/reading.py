@@ -20,7 +20,7 @@ from gemfilter_jax.models.decoder import Decoder
 from gemfilter_jax.passes import Progress
 from gemfilter_jax.prompts import Prompt
 
-_VERSION = "1"  # of what is saved
+_VERSION = "2"  # of what is saved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Reading:
             endings = [np.concatenate([one.ids[len(one.ids) - overlap :], question]) for one in group]
             ids, lengths = passes.pad(endings, bucket(prompt.tail + overlap))
             scored = two_stage.score_after(
-                model,
+                passes.filtering(model, method),
                 dataclasses.replace(state, lengths=state.lengths - overlap),
                 ids,
                 lengths,
@@ -103,7 +103,7 @@ def key(model: Decoder, prompt: Prompt, method: GemFilter) -> str:
     digest.update(repr(model.config).encode())
     for parameter in jax.tree.leaves(model):
         digest.update(np.asarray(parameter[..., -1, :] if parameter.ndim > 1 else parameter).tobytes())
-    how = (method.filter_layer, method.filter_attention, method.band, method.first_tokens)
+    how = (method.filter_layer, method.filter_attention, method.band, method.first_tokens, method.filter_precision)
     digest.update(repr(how).encode())
     for one in _beginnings(model.config, prompt, method):
         digest.update(repr((len(one.ids), one.long)).encode() + one.ids.tobytes())
@@ -119,8 +119,16 @@ def read(model: Decoder, prompt: Prompt, method: GemFilter, *, progress: Progres
     for group in segments.groups(beginnings):
         ids, lengths = passes.pad([one.ids for one in group], width)
         pattern = passes.pattern(method, longest - prompt.head, np.zeros(len(group), np.int32))
-        extents = lengths + prompt.tail
-        states.append(two_stage.read(model, ids, lengths, extents, filter_layer=method.filter_layer, pattern=pattern))
+        states.append(
+            two_stage.read(
+                passes.filtering(model, method),
+                ids,
+                lengths,
+                lengths + prompt.tail,
+                filter_layer=method.filter_layer,
+                pattern=pattern,
+            )
+        )
         jax.block_until_ready(states[-1])
         done += sum(len(one.ids) for one in group)
         if progress:

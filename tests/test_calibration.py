@@ -69,7 +69,16 @@ def test_the_chunks_without_which_a_fact_is_lost():
 
 
 _PLAN = Plan(
-    keep=128, target=0.5, layers=4, tokens=640, train=3, held_out=2, distractors=1, seed=0, filter_attention="auto"
+    keep=128,
+    target=0.5,
+    layers=4,
+    tokens=640,
+    train=3,
+    held_out=2,
+    distractors=1,
+    seed=0,
+    filter_attention="auto",
+    filter_precision="float",
 )
 
 

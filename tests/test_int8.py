@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
+from flax import nnx
 from model_files import GOLDEN
 from test_parity_smollm2 import top1_and_last_logits
 
@@ -11,6 +13,7 @@ from gemfilter_jax import pipeline
 from gemfilter_jax.checkpoints.huggingface import HuggingFaceFolder
 from gemfilter_jax.checkpoints.weights import Loading
 from gemfilter_jax.evaluation import needle
+from gemfilter_jax.models.decoder import Decoder
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +54,33 @@ def test_the_likeliest_token_is_the_same_at_97_percent_of_positions(int8):
     with np.load(GOLDEN / "smollm2_top1.npz") as expected:
         top1, _ = top1_and_last_logits(int8.checkpoint.model, expected["ids"])
         assert np.mean(np.asarray(top1) == expected["top1"]) >= 0.97
+
+
+@pytest.mark.parametrize("weights", ["float", "int8"])
+def test_products_in_int8(weights):
+    """A row's numbers have one scale, an output's weights another; what is held as int8 is taken as it is."""
+    linear = Decoder(tiny.CONFIG, int8=weights == "int8", rngs=nnx.Rngs(0)).in_int8().layer(1).gate
+    x = np.random.default_rng(0).normal(size=(2, 3, tiny.CONFIG.width)).astype(np.float32)
+    x[0, 1] *= 1000
+    x[1, 2] = 0
+    kernel = np.asarray(linear.kernel[...], np.float64)
+    if weights == "int8":
+        steps, scale = kernel, np.asarray(linear.scale[...], np.float64)
+    else:
+        scale = np.abs(kernel).max(axis=0) / 127
+        steps = np.rint(kernel / scale)
+    row_scale = np.maximum(np.abs(x).max(axis=-1, keepdims=True), 1e-30) / np.float32(127)
+    expected = np.rint(x / row_scale).astype(np.float64) @ steps * row_scale * scale
+    np.testing.assert_allclose(linear(jnp.asarray(x)), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_a_model_in_int8_leaves_the_first_as_it_was(smollm2):
+    model = smollm2.checkpoint.model
+    ids, lengths = jnp.arange(64)[None], jnp.array([64])
+    before, rounded, after = (one.hidden_states(ids, lengths, 4) for one in (model, model.in_int8(), model))
+    np.testing.assert_array_equal(before, after)
+    difference = np.linalg.norm(rounded - before, axis=-1) / np.linalg.norm(before, axis=-1)
+    assert 0.001 < np.median(difference) < 0.1
 
 
 def test_kept_set_and_answer(smollm2, int8):

@@ -35,7 +35,7 @@ flags.DEFINE_integer("held_out", 62, "Questions to judge on.", lower_bound=1, fl
 flags.DEFINE_integer("distractors", 2, "Facts like the asked one in each text.", lower_bound=0, flag_values=FLAGS)
 flags.DEFINE_string("texts", None, "Hide facts in the .txt and .md files of this folder.", flag_values=FLAGS)
 flags.DEFINE_integer("seed", 0, "Of facts, their places and the texts.", flag_values=FLAGS)
-options.define_attention(FLAGS, default="auto")
+options.define_filter_pass(FLAGS, attention="auto", precision="int8")
 
 
 def main(_: list[str]) -> None:
@@ -68,6 +68,7 @@ def main(_: list[str]) -> None:
         distractors=FLAGS.distractors,
         seed=FLAGS.seed,
         filter_attention=FLAGS.filter_attention,
+        filter_precision=FLAGS.filter_precision,
     )
     with terminal.stages_progress(Console(stderr=True)) as progress:
         judged, preset = calibration.calibrate(model, plan, paragraphs=paragraphs, progress=progress)

@@ -54,7 +54,7 @@ def define_model(values: flags.FlagValues) -> None:
 
 
 def define_filter(values: flags.FlagValues) -> None:
-    """--preset, --keep, --filter_layer and --filter_attention."""
+    """--preset, --keep, --filter_layer, and how the layers before it read."""
     flags.DEFINE_string(
         "preset", None, "Filter settings of the model, a JSON file; those built in if not given.", flag_values=values
     )
@@ -79,16 +79,23 @@ def define_filter(values: flags.FlagValues) -> None:
         flag_values=values,
     )
 
-    define_attention(values, default=None)
+    define_filter_pass(values, attention=None, precision=None)
     flags.DEFINE_integer("band", None, "Keys before each row that tri_shape sees.", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("first_tokens", None, "First keys that tri_shape sees.", lower_bound=0, flag_values=values)
 
 
-def define_attention(values: flags.FlagValues, default: str | None) -> None:
-    """--filter_attention."""
+def define_filter_pass(values: flags.FlagValues, *, attention: str | None, precision: str | None) -> None:
+    """--filter_attention and --filter_precision, with their defaults; None for the preset's."""
+    flags.DEFINE_enum(
+        "filter_precision",
+        precision,
+        ["float", "int8"],
+        "Of the matrix products of the layers before the one that picks; float is the model's own.",
+        flag_values=values,
+    )
     flags.DEFINE_enum(
         "filter_attention",
-        default,
+        attention,
         ["auto", "dense", "tri_shape"],
         "Of the layers before the one that picks: tri_shape is linear in the prompt; auto is that for long prompts.",
         flag_values=values,
@@ -237,7 +244,7 @@ def _method(values: flags.FlagValues, model: "Pipeline", name: str) -> "GemFilte
     if name == "uncalibrated":
         layer = model.preset.paper_layer if values.filter_layer is None else values.filter_layer
         method = dataclasses.replace(method, filter_layer=layer, head_weights=None)
-    names = ("filter_attention", "band", "first_tokens")
+    names = ("filter_attention", "band", "first_tokens", "filter_precision")
     given = {name: getattr(values, name) for name in names if getattr(values, name) is not None}
     return dataclasses.replace(method, **given)
 

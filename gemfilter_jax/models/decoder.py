@@ -8,7 +8,6 @@ Layer weights carry a leading L axis and layers are walked by a loop whose bound
 serves every number of layers.
 """
 
-import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -20,161 +19,11 @@ from gemfilter_jax.attention import TriShape
 from gemfilter_jax.config import ModelConfig
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.kv_cache import FilterState, KVCache
-from gemfilter_jax.models.rotary import rotary_table, rotate
-
-ACTIVATIONS = {
-    "silu": jax.nn.silu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_pytorch_tanh": jax.nn.gelu,
-    "relu": jax.nn.relu,
-}
-_BLOCK = 512  # rows of the sequence that pass through the MLP at a time: bounds its [B, block, F] temporaries
+from gemfilter_jax.models.layer import ACTIVATIONS, DecoderLayer, Linear, RMSNorm, Table, Weights
+from gemfilter_jax.models.rotary import rotary_table
+from gemfilter_jax.precision import precision_of
 
 _ALL = 2**30  # the window of a layer without one: wider than any prompt
-
-_Table = tuple[jax.Array, jax.Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class Weights:
-    """How weights are held: in `dtype`, which is also that of activations, or, if `int8`, matrices in that."""
-
-    dtype: jnp.dtype
-    int8: bool = False
-
-    @property
-    def stored(self) -> jnp.dtype:
-        """The dtype of matrices."""
-        return jnp.dtype(jnp.int8) if self.int8 else self.dtype
-
-
-def _matmul(x: jax.Array, kernel: jax.Array, result: jax.typing.DTypeLike) -> jax.Array:
-    """Float32 activations mean float32 products: accelerators would otherwise round them down."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.matmul(x, kernel.astype(x.dtype), precision=precision, preferred_element_type=result)
-
-
-class Linear(nnx.Module):
-    """x [..., in] -> [..., out], kernel [in, out]; of an int8 kernel, one float32 scale for each output."""
-
-    def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        *,
-        axes: tuple[str, str],
-        bias: bool = False,
-        weights: Weights,
-        rngs: nnx.Rngs,
-    ):
-        kernel = nnx.initializers.lecun_normal()(rngs.params(), (inputs, outputs), weights.dtype)
-        self.kernel = nnx.Param(kernel.astype(weights.stored), axes=axes)
-        self.scale = nnx.Param(jnp.ones((outputs,), jnp.float32), axes=axes[1:]) if weights.int8 else None
-        self.bias = nnx.Param(jnp.zeros((outputs,), weights.dtype), axes=axes[1:]) if bias else None
-
-    def __call__(self, x: jax.Array, *, result: jax.typing.DTypeLike | None = None) -> jax.Array:
-        """[..., in] -> [..., out], in x's dtype or that of `result`."""
-        result = result or x.dtype
-        if self.scale is None:
-            y = _matmul(x, self.kernel[...], result)
-        else:
-            y = (_matmul(x, self.kernel[...], jnp.float32) * self.scale[...]).astype(result)
-        return y if self.bias is None else y + self.bias[...]
-
-
-class RMSNorm(nnx.Module):
-    """Root-mean-square norm over the last axis (Zhang and Sennrich 2019), in float32."""
-
-    def __init__(self, width: int, eps: float, *, axis: str, weights: Weights):
-        self.scale = nnx.Param(jnp.ones((width,), weights.dtype), axes=(axis,))
-        self.eps = eps
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., width] -> the same shape and dtype."""
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return wide.astype(x.dtype) * self.scale[...]
-
-
-class DecoderLayer(nnx.Module):
-    """One layer: the pieces of attention, so that a caller may stop between them, and the MLP."""
-
-    def __init__(self, config: ModelConfig, *, weights: Weights, rngs: nnx.Rngs):
-        def linear(inputs: int, outputs: int, axes: tuple[str, str], bias: bool) -> Linear:
-            return Linear(inputs, outputs, axes=axes, bias=bias, weights=weights, rngs=rngs)
-
-        def norm(width: int, axis: str) -> RMSNorm:
-            return RMSNorm(width, c.rms_eps, axis=axis, weights=weights)
-
-        c = config
-        self.head_width = c.head_width
-        self.activation = c.activation
-        self.attention_norm = norm(c.width, "embed")
-        self.query = linear(c.width, c.heads * c.head_width, ("embed", "heads"), c.attention_bias)
-        self.key = linear(c.width, c.kv_heads * c.head_width, ("embed", "kv_heads"), c.attention_bias)
-        self.value = linear(c.width, c.kv_heads * c.head_width, ("embed", "kv_heads"), c.attention_bias)
-        self.query_norm = norm(c.head_width, "head_width") if c.qk_norm else None
-        self.key_norm = norm(c.head_width, "head_width") if c.qk_norm else None
-        self.output = linear(c.heads * c.head_width, c.width, ("heads", "embed"), c.output_bias)
-        self.mlp_norm = norm(c.width, "embed")
-        self.gate = linear(c.width, c.mlp_width, ("embed", "mlp"), c.mlp_bias)
-        self.up = linear(c.width, c.mlp_width, ("embed", "mlp"), c.mlp_bias)
-        self.down = linear(c.mlp_width, c.width, ("mlp", "embed"), c.mlp_bias)
-
-    def queries(self, normed: jax.Array, table: _Table) -> jax.Array:
-        """[B, S, D] -> rotated queries [B, S, H, E]."""
-        return self._rotated(self.query(normed), self.query_norm, table)
-
-    def keys(self, normed: jax.Array, table: _Table) -> jax.Array:
-        """[B, S, D] -> rotated keys [B, S, G, E]."""
-        return self._rotated(self.key(normed), self.key_norm, table)
-
-    def values(self, normed: jax.Array) -> jax.Array:
-        """[B, S, D] -> values [B, S, G, E]."""
-        return self._split_heads(self.value(normed))
-
-    def _rotated(self, x: jax.Array, norm: RMSNorm | None, table: _Table) -> jax.Array:
-        heads = self._split_heads(x)
-        return rotate(heads if norm is None else norm(heads), table)
-
-    def close(self, x: jax.Array, attended: jax.Array, rows: jax.typing.ArrayLike) -> jax.Array:
-        """Residual stream x [B, S, D] and attention's result [B, S, H, E] -> the next layer's x.
-
-        Args:
-          rows: so many first rows are real, may be traced; the blocks past them are left out.
-        """
-
-        def finish(x: jax.Array, attended: jax.Array) -> jax.Array:
-            x = x + self.output(attended)
-            return x + self._mlp(x)
-
-        return _in_blocks(finish, rows, x, attended.reshape(*x.shape[:2], -1))
-
-    def _mlp(self, x: jax.Array) -> jax.Array:
-        with jax.named_scope("mlp"):
-            normed = self.mlp_norm(x)
-            return self.down(ACTIVATIONS[self.activation](self.gate(normed)) * self.up(normed))
-
-    def _split_heads(self, x: jax.Array) -> jax.Array:
-        return x.reshape(*x.shape[:2], -1, self.head_width)
-
-
-def _in_blocks(fn: Callable[..., jax.Array], rows: jax.typing.ArrayLike, *xs: jax.Array) -> jax.Array:
-    """fn over blocks of the sequence axis of all xs [B, S, ...], one at a time; zeros for blocks from `rows` on."""
-    batch, length = xs[0].shape[:2]
-    if length <= _BLOCK:
-        return fn(*xs)
-    padding = -length % _BLOCK
-    blocks = [
-        jnp.pad(x, ((0, 0), (0, padding), (0, 0))).reshape(batch, -1, _BLOCK, x.shape[-1]).swapaxes(0, 1) for x in xs
-    ]
-
-    def unless_padding(numbered):
-        index, *block = numbered
-        return jax.lax.cond(index * _BLOCK < rows, fn, lambda x, *_: jnp.zeros_like(x), *block)
-
-    done = jax.lax.map(unless_padding, (jnp.arange(len(blocks[0])), *blocks))
-    return done.swapaxes(0, 1).reshape(batch, -1, done.shape[-1])[:, :length]
 
 
 class Decoder(nnx.Module):
@@ -202,6 +51,7 @@ class Decoder(nnx.Module):
         weights = Weights(jnp.dtype(dtype), int8)
         whole = filter_layers is None
         self.config = config
+        self.int8_products = False
         self.held_layers = config.layers if filter_layers is None else filter_layers
         table = nnx.initializers.normal(0.02)(rngs.params(), (config.vocab, config.width), weights.dtype)
         self.embedding = nnx.Param(table, axes=("vocab", "embed"))
@@ -222,7 +72,20 @@ class Decoder(nnx.Module):
 
     def layer(self, index: jax.typing.ArrayLike) -> DecoderLayer:
         """Layer `index`, which may be traced."""
-        return jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, index, keepdims=False), self.layers)
+        layer = jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, index, keepdims=False), self.layers)
+        if self.int8_products:
+            layer.multiply_in_int8()
+        return layer
+
+    def in_int8(self) -> "Decoder":
+        """The same model, whose layers multiply matrices in int8.
+
+        Weights have a scale for each output and activations one for each token; sums are int32, all else is as before.
+        Weights that are not held as int8 are rounded layer by layer, as they are used.
+        """
+        model = jax.tree.map(lambda p: p, self)
+        model.int8_products = True
+        return model
 
     def _window(self, index: jax.typing.ArrayLike) -> jax.Array | None:
         """The sliding window of layer `index`, which may be traced."""
@@ -231,15 +94,15 @@ class Decoder(nnx.Module):
         return jnp.asarray([window or _ALL for window in self.config.sliding_windows], jnp.int32)[index]
 
     def _through(
-        self, index: jax.typing.ArrayLike, x: jax.Array, table: _Table, lengths: jax.Array, pattern: TriShape | None
+        self, index: jax.typing.ArrayLike, x: jax.Array, table: Table, lengths: jax.Array, pattern: TriShape | None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """A prompt through layer `index`: the next layer's x [B, S, D], and this one's keys and values [B, S, G, E]."""
         with jax.named_scope("layer"):
             layer = self.layer(index)
-            normed = layer.attention_norm(x)
-            q, k, v = layer.queries(normed, table), layer.keys(normed, table), layer.values(normed)
+            rows = jnp.max(lengths)
+            q, k, v = layer.open(x, table, rows)
             attended = attention.causal(q, k, v, lengths=lengths, window=self._window(index), pattern=pattern)
-            return layer.close(x, attended, jnp.max(lengths)), k, v
+            return layer.close(x, attended, rows), k, v
 
     def hidden_states(
         self,
@@ -365,7 +228,7 @@ class Decoder(nnx.Module):
         q = jnp.take_along_axis(last.queries(normed, table), observed[..., None, None], axis=1)
         return q, k, state.lengths[:, None] + observed
 
-    def _table(self, tokens: jax.Array, lengths: jax.Array) -> _Table:
+    def _table(self, tokens: jax.Array, lengths: jax.Array) -> Table:
         """The rotary table of prompts that begin at position 0, ids or x [B, S, ...]."""
         return rotary_table(self.config, jnp.arange(tokens.shape[1])[None], lengths)
 
@@ -420,5 +283,10 @@ class Decoder(nnx.Module):
         with jax.named_scope("lm_head"):
             normed = self.final_norm(x)
             if self.lm_head is None:
-                return _matmul(normed, self.embedding[...].T, jnp.float32)
+                # The embedding first: as the second factor, transposed, a CPU takes four times as long for one row.
+                table, precision = self.embedding[...], precision_of(normed)
+                products = jnp.tensordot(
+                    table, normed, (1, -1), precision=precision, preferred_element_type=jnp.float32
+                )
+                return jnp.moveaxis(products, 0, -1)
             return self.lm_head(normed, result=jnp.float32)

@@ -1,0 +1,209 @@
+"""One layer of the decoder and what it is made of. Axes as in `models.decoder`."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gemfilter_jax.config import ModelConfig
+from gemfilter_jax.models.rotary import rotate
+from gemfilter_jax.precision import precision_of
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_pytorch_tanh": jax.nn.gelu,
+    "relu": jax.nn.relu,
+}
+_BLOCK = 512  # rows of the sequence that pass through a layer's matrices at a time: bounds [B, block, F] temporaries
+_LARGEST_INT8 = 127
+
+Table = tuple[jax.Array, jax.Array]
+"""Cosines and sines, see `rotary.rotary_table`."""
+
+_Result = TypeVar("_Result")
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """How weights are held: in `dtype`, which is also that of activations, or, if `int8`, matrices in that."""
+
+    dtype: jnp.dtype
+    int8: bool = False
+
+    @property
+    def stored(self) -> jnp.dtype:
+        """The dtype of matrices."""
+        return jnp.dtype(jnp.int8) if self.int8 else self.dtype
+
+
+def _matmul(x: jax.Array, kernel: jax.Array, result: jax.typing.DTypeLike) -> jax.Array:
+    return jnp.matmul(x, kernel.astype(x.dtype), precision=precision_of(x), preferred_element_type=result)
+
+
+def _in_int8(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+    """x as int8, symmetric with one float32 scale for all that lies along an axis, and the scales."""
+    wide = x.astype(jnp.float32)
+    scale = jnp.maximum(jnp.abs(wide).max(axis=axis, keepdims=True), jnp.finfo(jnp.float32).tiny) / _LARGEST_INT8
+    return jnp.round(wide / scale).astype(jnp.int8), scale
+
+
+class Linear(nnx.Module):
+    """x [..., in] -> [..., out], kernel [in, out]; of an int8 kernel, one float32 scale for each output."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        axes: tuple[str, str],
+        bias: bool = False,
+        weights: Weights,
+        rngs: nnx.Rngs,
+    ):
+        kernel = nnx.initializers.lecun_normal()(rngs.params(), (inputs, outputs), weights.dtype)
+        self.kernel = nnx.Param(kernel.astype(weights.stored), axes=axes)
+        self.scale = nnx.Param(jnp.ones((outputs,), jnp.float32), axes=axes[1:]) if weights.int8 else None
+        self.bias = nnx.Param(jnp.zeros((outputs,), weights.dtype), axes=axes[1:]) if bias else None
+        self.int8_products = False
+
+    def __call__(self, x: jax.Array, *, result: jax.typing.DTypeLike | None = None) -> jax.Array:
+        """[..., in] -> [..., out], in x's dtype or that of `result`."""
+        result = result or x.dtype
+        if self.int8_products:
+            kernel, scale = _in_int8(self.kernel[...], 0) if self.scale is None else (self.kernel[...], self.scale[...])
+            rows, row_scales = _in_int8(x, -1)
+            products = jnp.matmul(rows, kernel, preferred_element_type=jnp.int32)
+            y = (products * (row_scales * scale)).astype(result)
+        elif self.scale is None:
+            y = _matmul(x, self.kernel[...], result)
+        else:
+            y = (_matmul(x, self.kernel[...], jnp.float32) * self.scale[...]).astype(result)
+        return y if self.bias is None else y + self.bias[...]
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm over the last axis (Zhang and Sennrich 2019), in float32."""
+
+    def __init__(self, width: int, eps: float, *, axis: str, weights: Weights):
+        self.scale = nnx.Param(jnp.ones((width,), weights.dtype), axes=(axis,))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., width] -> the same shape and dtype."""
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return wide.astype(x.dtype) * self.scale[...]
+
+
+class DecoderLayer(nnx.Module):
+    """One layer: the pieces of attention, so that a caller may stop between them, and the MLP."""
+
+    def __init__(self, config: ModelConfig, *, weights: Weights, rngs: nnx.Rngs):
+        def linear(inputs: int, outputs: int, axes: tuple[str, str], bias: bool) -> Linear:
+            return Linear(inputs, outputs, axes=axes, bias=bias, weights=weights, rngs=rngs)
+
+        def norm(width: int, axis: str) -> RMSNorm:
+            return RMSNorm(width, c.rms_eps, axis=axis, weights=weights)
+
+        c = config
+        self.head_width = c.head_width
+        self.activation = c.activation
+        self.attention_norm = norm(c.width, "embed")
+        self.query = linear(c.width, c.heads * c.head_width, ("embed", "heads"), c.attention_bias)
+        self.key = linear(c.width, c.kv_heads * c.head_width, ("embed", "kv_heads"), c.attention_bias)
+        self.value = linear(c.width, c.kv_heads * c.head_width, ("embed", "kv_heads"), c.attention_bias)
+        self.query_norm = norm(c.head_width, "head_width") if c.qk_norm else None
+        self.key_norm = norm(c.head_width, "head_width") if c.qk_norm else None
+        self.output = linear(c.heads * c.head_width, c.width, ("heads", "embed"), c.output_bias)
+        self.mlp_norm = norm(c.width, "embed")
+        self.gate = linear(c.width, c.mlp_width, ("embed", "mlp"), c.mlp_bias)
+        self.up = linear(c.width, c.mlp_width, ("embed", "mlp"), c.mlp_bias)
+        self.down = linear(c.mlp_width, c.width, ("mlp", "embed"), c.mlp_bias)
+
+    def multiply_in_int8(self) -> None:
+        """Round weights and activations to int8 before every matrix product from now on; see `Decoder.in_int8`."""
+        for linear in (self.query, self.key, self.value, self.output, self.gate, self.up, self.down):
+            linear.int8_products = True
+
+    def queries(self, normed: jax.Array, table: Table) -> jax.Array:
+        """[B, S, D] -> rotated queries [B, S, H, E]."""
+        return self._rotated(self.query(normed), self.query_norm, table)
+
+    def keys(self, normed: jax.Array, table: Table) -> jax.Array:
+        """[B, S, D] -> rotated keys [B, S, G, E]."""
+        return self._rotated(self.key(normed), self.key_norm, table)
+
+    def values(self, normed: jax.Array) -> jax.Array:
+        """[B, S, D] -> values [B, S, G, E]."""
+        return self._split_heads(self.value(normed))
+
+    def _rotated(self, x: jax.Array, norm: RMSNorm | None, table: Table) -> jax.Array:
+        heads = self._split_heads(x)
+        return rotate(heads if norm is None else norm(heads), table)
+
+    def open(self, x: jax.Array, table: Table, rows: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Residual stream x [B, S, D] -> rotated queries [B, S, H, E] and keys [B, S, G, E], and values [B, S, G, E].
+
+        Args:
+          rows: so many first rows are real, may be traced; the blocks past them are left out.
+        """
+
+        def project(x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+            normed, table = self.attention_norm(x), (cos, sin)
+            return self.queries(normed, table), self.keys(normed, table), self.values(normed)
+
+        return _in_blocks(project, rows, x, *table)
+
+    def close(self, x: jax.Array, attended: jax.Array, rows: jax.typing.ArrayLike) -> jax.Array:
+        """Residual stream x [B, S, D] and attention's result [B, S, H, E] -> the next layer's x.
+
+        Args:
+          rows: so many first rows are real, may be traced; the blocks past them are left out.
+        """
+
+        def finish(x: jax.Array, attended: jax.Array) -> jax.Array:
+            x = x + self.output(attended)
+            return x + self._mlp(x)
+
+        return _in_blocks(finish, rows, x, attended.reshape(*x.shape[:2], -1))
+
+    def _mlp(self, x: jax.Array) -> jax.Array:
+        with jax.named_scope("mlp"):
+            normed = self.mlp_norm(x)
+            return self.down(ACTIVATIONS[self.activation](self.gate(normed)) * self.up(normed))
+
+    def _split_heads(self, x: jax.Array) -> jax.Array:
+        return x.reshape(*x.shape[:2], -1, self.head_width)
+
+
+def _in_blocks(fn: Callable[..., _Result], rows: jax.typing.ArrayLike, *xs: jax.Array) -> _Result:
+    """fn over blocks of the second axis of all xs, one at a time; zeros for blocks from `rows` on.
+
+    Args:
+      fn: takes a block of each x and returns arrays whose second axis is theirs.
+    """
+    length = max(x.shape[1] for x in xs)
+    if length <= _BLOCK:
+        return fn(*xs)
+
+    def cut(x: jax.Array) -> jax.Array:
+        padded = jnp.pad(x, ((0, 0), (0, -length % _BLOCK), *((0, 0),) * (x.ndim - 2)))
+        return padded.reshape(x.shape[0], -1, _BLOCK, *x.shape[2:]).swapaxes(0, 1)
+
+    def joined(blocks: jax.Array) -> jax.Array:
+        whole = blocks.swapaxes(0, 1)
+        return whole.reshape(whole.shape[0], -1, *whole.shape[3:])[:, :length]
+
+    def padding(*block: jax.Array) -> _Result:
+        return jax.tree.map(lambda made: jnp.zeros(made.shape, made.dtype), jax.eval_shape(fn, *block))
+
+    def unless_padding(numbered):
+        index, *block = numbered
+        return jax.lax.cond(index * _BLOCK < rows, fn, padding, *block)
+
+    cuts = [cut(x) for x in xs]
+    return jax.tree.map(joined, jax.lax.map(unless_padding, (jnp.arange(len(cuts[0])), *cuts)))
