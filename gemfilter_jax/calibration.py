@@ -55,7 +55,7 @@ def record(model: Pipeline, case: Case, method: GemFilter, layers: int) -> Recor
     """What every head of the first `layers` layers scores in a case.
 
     Args:
-      case: no longer than the model's reach.
+      case: no longer than the model's context.
       method: its window, pooling, chunks, attention and precision are used.
     """
     prompt = encode(
@@ -264,7 +264,7 @@ class Plan:
       keep: the budget to choose the layer for; half of it is measured too.
       target: share of facts to keep.
       layers: so many first layers are candidates.
-      tokens: of the texts to judge on; those to learn on have a quarter to half of that.
+      tokens: of the texts to judge on, which longer ones are cut into; those to learn on have a quarter to half of that.
       train, held_out: questions to learn on and to judge on.
       distractors: facts like the asked one in each text.
       seed: of facts, their places and the texts.
@@ -304,6 +304,7 @@ def calibrate(
         keep=plan.keep,
         filter_attention=plan.filter_attention,
         filter_precision=plan.filter_precision,
+        segment=plan.tokens,
     )
     config = model.checkpoint.model.config
     if plan.tokens > config.context // 2:

@@ -23,9 +23,8 @@ def keep_tokens(
 ) -> list[np.ndarray]:
     """The indices of the tokens that `method` keeps of each prompt, increasing.
 
-    A prompt beyond the model's reach (its context, or the filter layer's sliding window) is cut into segments of a
-    quarter of that, each with the template's head and the question around it; the best tokens of all segments are
-    kept, at once or in `method.rounds`.
+    A prompt beyond `segments.reach` is cut into segments, each with the template's head and the question around it;
+    the best tokens of all segments are kept, at once or in `method.rounds`.
 
     Raises:
       UserError: the method does not fit the model or a prompt.
@@ -90,9 +89,10 @@ def check(model: Decoder, prompt: Prompt, method: GemFilter) -> None:
         raise UserError(
             f"filter layer {method.filter_layer} is beyond the first {model.held_layers} layers, which alone are loaded"
         )
-    for name in ("keep", "window", "kernel", "chunk", "band"):
-        if getattr(method, name) < 1:
-            raise UserError(f"{name} is {getattr(method, name)}, expected at least 1 token")
+    for name in ("keep", "window", "kernel", "chunk", "band", "segment"):
+        tokens = getattr(method, name)
+        if tokens is not None and tokens < 1:
+            raise UserError(f"{name} is {tokens}, expected at least 1 token")
     if method.first_tokens < 0:
         raise UserError(f"first_tokens is {method.first_tokens}, expected at least 0")
     if method.share is not None and not (0 < method.share <= 1 and method.normalisation != "none"):
@@ -108,10 +108,10 @@ def check(model: Decoder, prompt: Prompt, method: GemFilter) -> None:
                 f"keep is {keep}, but the template and the question alone are {required} tokens; keep more than that"
             )
     segments.check_room(config, prompt, method)
-    limit = segments.reach(config, method)
-    if len(prompt) > limit and method.positions == "original":
+    if len(prompt) > config.context and method.positions == "original":
         raise UserError(
-            f"original positions need a prompt within the model's context of {limit} tokens, this one has {len(prompt)}"
+            f"original positions need a prompt within the model's context of {config.context} tokens, "
+            f"this one has {len(prompt)}"
         )
 
 
@@ -152,11 +152,11 @@ def _scores_in_pieces(
     scores = np.zeros(len(rows), np.float32)
     head, tail = rows[: prompt.head], rows[len(rows) - prompt.tail :]
     whole = len(rows) <= segments.reach(model.config, method)
-    width = bucket(len(rows) if whole else segments.segment_length(model.config, method))
     done = prompt.head
     parts = segments.pieces(model.config, prompt, rows, method)
     longest = max(map(len, parts))
-    for group in segments.groups(parts):
+    width = bucket(prompt.head + longest + prompt.tail)
+    for group in segments.groups(model.config, method, parts):
         ids = [prompt.ids[np.concatenate([head, piece, tail])] for piece in group]
         alike = [prompt] * len(group)
         scored = passes.scores(model, ids, alike, method, whole=whole, document=longest, width=width)

@@ -39,7 +39,9 @@ class GemFilter:
         prompts of more than twice the band.
       band, first_tokens: see `attention.TriShape`.
       filter_precision: of matrix products up to the scores: "float", the model's own, or "int8", see `Decoder.in_int8`.
-      rounds: of a prompt beyond the model's reach, the tokens that are left for each further pass through the filter;
+      segment: S, a longer prompt is read in segments of at most so many tokens, template and question included; None
+        for half of the model's context. Does not hold where `normalisation` is "none".
+      rounds: of a prompt in segments, the tokens that are left for each further pass through the filter;
         none if the first pass chooses the K.
       positions: rotary positions of the kept tokens in stage 2: "compact" (0..K-1, as published) or "original".
     """
@@ -60,6 +62,7 @@ class GemFilter:
     band: int = 512
     first_tokens: int = 64
     filter_precision: FilterPrecision = "float"
+    segment: int | None = None
     rounds: tuple[int, ...] = ()
     positions: Literal["compact", "original"] = "compact"
 

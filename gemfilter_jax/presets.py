@@ -161,6 +161,8 @@ def _method(fields: dict[str, Any], config: ModelConfig, source: str) -> GemFilt
             values[name] = None if value is None else _weights(value, config.heads, source)
         elif name == "share":
             values[name] = None if value is None else _share(fields, source)
+        elif name == "segment":
+            values[name] = None if value is None else _whole(fields, name, 1, source)
         elif name == "rounds":
             if not isinstance(value, list):
                 raise UserError(f"{source}: field 'rounds' is {value!r}, expected a list of whole numbers")

@@ -63,7 +63,7 @@ class Reading:
         overlap = max(method.window - prompt.tail, 0)  # rows of the document that look for its tokens too
         scores = np.zeros(len(prompt), np.float32)
         done = prompt.head
-        for state, group in zip(self.states, segments.groups(self.beginnings), strict=True):
+        for state, group in zip(self.states, segments.groups(model.config, method, self.beginnings), strict=True):
             endings = [np.concatenate([one.ids[len(one.ids) - overlap :], question]) for one in group]
             ids, lengths = passes.pad(endings, bucket(prompt.tail + overlap))
             scored = two_stage.score_after(
@@ -114,9 +114,9 @@ def read(model: Decoder, prompt: Prompt, method: GemFilter, *, progress: Progres
     """Read a prompt's document, for this and any other question that leaves its segments as they are."""
     beginnings = _beginnings(model.config, prompt, method)
     longest = max(len(one.ids) for one in beginnings)
-    width = bucket(longest if len(beginnings) == 1 else segments.segment_length(model.config, method))
+    width = bucket(longest)
     states, done = [], 0
-    for group in segments.groups(beginnings):
+    for group in segments.groups(model.config, method, beginnings):
         ids, lengths = passes.pad([one.ids for one in group], width)
         pattern = passes.pattern(method, longest - prompt.head, np.zeros(len(group), np.int32))
         states.append(

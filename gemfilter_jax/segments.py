@@ -12,19 +12,18 @@ from gemfilter_jax.prompts import Prompt
 
 _Part = TypeVar("_Part")
 
-_SEGMENTS = 4  # within reach: attention costs less in short segments, the template and question more
-_TOGETHER = 4  # segments in one pass: faster than one by one, and no more tokens than the reach
-_QUESTION_STEPS = 64  # room for the question grows by this fraction of the reach
+_TOGETHER = 4  # segments in one pass: faster than one by one, as long as they are no more than the context
+_QUESTION_STEPS = 32  # room for the question grows by this fraction of the reach
 
 
 def reach(config: ModelConfig, method: GemFilter) -> int:
-    """The longest prompt that is filtered in one pass: past a sliding window, probabilities would all be zero."""
-    return config.context if method.normalisation == "none" else config.reach(method.filter_layer)
+    """The longest prompt that is filtered in one pass, and the longest segment of a longer one.
 
-
-def segment_length(config: ModelConfig, method: GemFilter) -> int:
-    """Tokens of a segment, template and question included."""
-    return reach(config, method) // _SEGMENTS
+    Past a sliding window probabilities would all be zero.
+    """
+    if method.normalisation == "none":
+        return config.context
+    return min(config.reach(method.filter_layer), method.segment or config.context // 2)
 
 
 def check_room(config: ModelConfig, prompt: Prompt, method: GemFilter) -> None:
@@ -32,14 +31,14 @@ def check_room(config: ModelConfig, prompt: Prompt, method: GemFilter) -> None:
     if len(prompt) > reach(config, method) and _room(config, prompt, method) < method.chunk:
         raise UserError(
             f"the template and the question take {prompt.head + prompt.tail} tokens, which leaves no room for the "
-            f"document in a segment of {segment_length(config, method)} tokens; ask a shorter question"
+            f"document in a segment of {reach(config, method)} tokens; ask a shorter question"
         )
 
 
 def _room(config: ModelConfig, prompt: Prompt, method: GemFilter) -> int:
     """Document tokens in a segment; questions of about the same length leave the same room."""
     step = max(reach(config, method) // _QUESTION_STEPS, 1)
-    return segment_length(config, method) - prompt.head - -(-prompt.tail // step) * step
+    return reach(config, method) - prompt.head - -(-prompt.tail // step) * step
 
 
 def pieces(config: ModelConfig, prompt: Prompt, rows: np.ndarray, method: GemFilter) -> list[np.ndarray]:
@@ -55,7 +54,8 @@ def pieces(config: ModelConfig, prompt: Prompt, rows: np.ndarray, method: GemFil
     numbers = chunks(prompt, method)[document]
     start, cut = 0, []
     while start < len(document):
-        stop = min(start + room, len(document))
+        left = len(document) - start
+        stop = start + -(-left // -(-left // room))  # so that none is much shorter than the others
         if stop < len(document):
             stop = int(np.searchsorted(numbers, numbers[stop]))  # where the chunk that would be cut begins
         cut.append(document[start:stop])
@@ -63,10 +63,11 @@ def pieces(config: ModelConfig, prompt: Prompt, rows: np.ndarray, method: GemFil
     return cut
 
 
-def groups(parts: Sequence[_Part]) -> list[Sequence[_Part]]:
+def groups(config: ModelConfig, method: GemFilter, parts: Sequence[_Part]) -> list[Sequence[_Part]]:
     """Segments, or what belongs to each, as they pass through the filter: several at a time, the rest one by one."""
-    together = len(parts) // _TOGETHER * _TOGETHER
-    several = [parts[start : start + _TOGETHER] for start in range(0, together, _TOGETHER)]
+    size = min(_TOGETHER, config.context // reach(config, method))
+    together = len(parts) // size * size
+    several = [parts[start : start + size] for start in range(0, together, size)]
     return several + [parts[start : start + 1] for start in range(together, len(parts))]
 
 

@@ -15,7 +15,7 @@ from gemfilter_jax.models.decoder import Decoder
 from gemfilter_jax.prompts import Prompt
 
 _HEAD, _TAIL, _CHUNK = 7, 10, 8  # so that a segment holds part of a chunk more than its whole ones
-_SEGMENT = tiny.CONTEXT // 4
+_SEGMENT = tiny.CONTEXT // 2
 _DEFAULT = GemFilter(filter_layer=2, keep=64, window=16, pooling="none", kernel=1, chunk=_CHUNK, sentences=False)
 _PAPER = GemFilter.paper(filter_layer=2, keep=64)
 
@@ -34,7 +34,7 @@ def _check_kept(kept: np.ndarray, prompt, method: GemFilter) -> None:
 
 @pytest.mark.parametrize("method", [_DEFAULT, _PAPER], ids=["default", "paper"])
 def test_whole_prompts(method):
-    prompts = [_prompt(256), _prompt(64), _prompt(20), _prompt(70, head=0, tail=64)]
+    prompts = [_prompt(_SEGMENT), _prompt(64), _prompt(20), _prompt(70, head=0, tail=64)]
     kept = filtering.keep_tokens(tiny.decoder(), prompts, method)
     for rows, prompt in zip(kept, prompts, strict=True):
         _check_kept(rows, prompt, method)
@@ -43,7 +43,7 @@ def test_whole_prompts(method):
 
 
 def test_a_batch_keeps_what_its_prompts_keep_alone():
-    prompts = [_prompt(256), _prompt(193), _prompt(700), _prompt(230)]
+    prompts = [_prompt(128), _prompt(97), _prompt(700), _prompt(115), _prompt(200)]
     together = filtering.keep_tokens(tiny.decoder(), prompts, _DEFAULT)
     for rows, prompt in zip(together, prompts, strict=True):
         np.testing.assert_array_equal(rows, filtering.keep_tokens(tiny.decoder(), [prompt], _DEFAULT)[0])
@@ -51,7 +51,7 @@ def test_a_batch_keeps_what_its_prompts_keep_alone():
 
 def test_a_sliding_window_bounds_what_is_filtered_in_one_pass(monkeypatch):
     """Of a layer that slides; another layer and the rule without softmax see the whole prompt."""
-    config = dataclasses.replace(tiny.CONFIG, sliding_windows=(None, 128, None, None))
+    config = dataclasses.replace(tiny.CONFIG, sliding_windows=(None, 64, None, None))
     model, widths = Decoder(config, rngs=nnx.Rngs(0)), []
     scores = passes.scores
 
@@ -62,8 +62,9 @@ def test_a_sliding_window_bounds_what_is_filtered_in_one_pass(monkeypatch):
     monkeypatch.setattr(passes, "scores", record)
     prompt = tiny.prompt_of(tiny.random_ids(250), 2, 3)
     for method, longest in (
-        (dataclasses.replace(_DEFAULT, filter_layer=1, keep=20), 128 // 4),
-        (dataclasses.replace(_DEFAULT, filter_layer=2, keep=20), 250),
+        (dataclasses.replace(_DEFAULT, filter_layer=1, keep=20, segment=250), 64),
+        (dataclasses.replace(_DEFAULT, filter_layer=2, keep=20, segment=250), 250),
+        (dataclasses.replace(_DEFAULT, filter_layer=2, keep=20), _SEGMENT),
         (GemFilter.paper(filter_layer=1, keep=20), 250),
     ):
         widths.clear()
@@ -130,6 +131,7 @@ def test_segments_are_whole_chunks_between_head_and_tail(monkeypatch):
     document = [segment[_HEAD:-_TAIL] for segment in cut]
     np.testing.assert_array_equal(np.concatenate(document), np.arange(_HEAD, 1000 - _TAIL))
     assert all((part[0] - _HEAD) % _CHUNK == 0 for part in document)
+    assert max(map(len, document)) - min(map(len, document)) <= 2 * _CHUNK
     for ids in passed:
         assert len(ids) <= _SEGMENT
         np.testing.assert_array_equal(ids[:_HEAD], np.arange(_HEAD))
@@ -216,8 +218,8 @@ def test_progress_grows_to_one_total(lengths):
     reads, totals = zip(*told, strict=True)
     assert all(before < after for before, after in itertools.pairwise(reads))
     assert set(totals) == {reads[-1]}
-    room = (_SEGMENT - _HEAD - _TAIL) // _CHUNK * _CHUNK
-    assert len(told) > sum(length // room for length in lengths if length > tiny.CONTEXT)
+    passes = 2 * (_SEGMENT - _HEAD - _TAIL)
+    assert len(told) > sum(length // passes for length in lengths if length > _SEGMENT)
 
 
 @pytest.mark.parametrize(
@@ -228,10 +230,11 @@ def test_progress_grows_to_one_total(lengths):
         pytest.param({"keep": 0}, 90, _HEAD, "keep is 0.* at least 1", id="keep nothing"),
         pytest.param({"window": 0}, 90, _HEAD, "window is 0.* at least 1", id="no observation rows"),
         pytest.param({"kernel": 0}, 90, _HEAD, "kernel is 0.* at least 1", id="no neighbours"),
+        pytest.param({"segment": 0}, 90, _HEAD, "segment is 0.* at least 1", id="empty segments"),
         pytest.param({"chunk": 0}, 300, _HEAD, "chunk is 0.* at least 1", id="empty chunks"),
         pytest.param({"head_weights": (1.0,)}, 90, _HEAD, "1 head weights .* 4 query heads", id="head weights"),
         pytest.param({"keep": 16}, 90, _HEAD, "keep is 16, .* question alone are 17 tokens", id="keep too little"),
-        pytest.param({"keep": 200}, 300, 112, "take 122 tokens.* no room .* of 64 tokens", id="long question"),
+        pytest.param({"keep": 200}, 300, 112, "take 122 tokens.* no room .* of 128 tokens", id="long question"),
         pytest.param({"positions": "original"}, 300, _HEAD, "original positions .* 256.* 300", id="positions"),
     ],
 )

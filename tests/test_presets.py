@@ -75,7 +75,14 @@ def test_a_file(tmp_path):
 
 def test_what_is_written_is_read_back(tmp_path):
     method = dataclasses.replace(
-        _OWN, share=0.5, pooling="mean", sentences=False, filter_attention="dense", rounds=(9, 8)
+        _OWN,
+        share=0.5,
+        pooling="mean",
+        sentences=False,
+        filter_attention="dense",
+        rounds=(9, 8),
+        segment=640,
+        filter_precision="int8",
     )
     written = Preset("tiny", method, paper_layer=1, source="here", recall=({"layer": 1}, {"layer": 2}))
     path = tmp_path / "preset.json"
@@ -115,6 +122,8 @@ def test_a_file_that_does_not_fit(tmp_path, change, words):
         ({"share": 1.5}, "'share' is 1.5, expected at most 1"),
         ({"sentences": 1}, "'sentences' is 1"),
         ({"pooling": "median"}, "'pooling' is 'median', one of none, mean, max"),
+        ({"filter_precision": "half"}, "'filter_precision' is 'half', one of float, int8"),
+        ({"segment": 0}, "'segment' is 0"),
         ({"rounds": 5}, "'rounds' is 5"),
         ({"rounds": [5.5]}, "'rounds' is 5.5"),
         ({"positions": "original"}, "unsupported field.* positions"),
