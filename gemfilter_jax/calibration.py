@@ -264,7 +264,8 @@ class Plan:
       keep: the budget to choose the layer for; half of it is measured too.
       target: share of facts to keep.
       layers: so many first layers are candidates.
-      tokens: of the texts to judge on, which longer ones are cut into; those to learn on have a quarter to half of that.
+      tokens: of the texts to judge on, which with an eighth more for the question is what longer ones are cut into;
+        those to learn on have a quarter to half of that.
       train, held_out: questions to learn on and to judge on.
       distractors: facts like the asked one in each text.
       seed: of facts, their places and the texts.
@@ -304,7 +305,7 @@ def calibrate(
         keep=plan.keep,
         filter_attention=plan.filter_attention,
         filter_precision=plan.filter_precision,
-        segment=plan.tokens,
+        segment=plan.tokens * 9 // 8,
     )
     config = model.checkpoint.model.config
     if plan.tokens > config.context // 2:

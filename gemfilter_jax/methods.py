@@ -40,7 +40,7 @@ class GemFilter:
       band, first_tokens: see `attention.TriShape`.
       filter_precision: of matrix products up to the scores: "float", the model's own, or "int8", see `Decoder.in_int8`.
       segment: S, a longer prompt is read in segments of at most so many tokens, template and question included; None
-        for half of the model's context. Does not hold where `normalisation` is "none".
+        for a little more than half of the model's context. Does not hold where `normalisation` is "none".
       rounds: of a prompt in segments, the tokens that are left for each further pass through the filter;
         none if the first pass chooses the K.
       positions: rotary positions of the kept tokens in stage 2: "compact" (0..K-1, as published) or "original".

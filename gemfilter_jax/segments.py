@@ -12,7 +12,8 @@ from gemfilter_jax.prompts import Prompt
 
 _Part = TypeVar("_Part")
 
-_TOGETHER = 4  # segments in one pass: faster than one by one, as long as they are no more than the context
+_SEGMENT = 9 / 16  # of the context: a prompt as long as that is cut in two, its question in both
+_TOGETHER = 4  # segments in one pass at most: about as many tokens as the context, faster than one by one
 _QUESTION_STEPS = 32  # room for the question grows by this fraction of the reach
 
 
@@ -23,7 +24,7 @@ def reach(config: ModelConfig, method: GemFilter) -> int:
     """
     if method.normalisation == "none":
         return config.context
-    return min(config.reach(method.filter_layer), method.segment or config.context // 2)
+    return min(config.reach(method.filter_layer), method.segment or int(_SEGMENT * config.context))
 
 
 def check_room(config: ModelConfig, prompt: Prompt, method: GemFilter) -> None:
@@ -65,7 +66,7 @@ def pieces(config: ModelConfig, prompt: Prompt, rows: np.ndarray, method: GemFil
 
 def groups(config: ModelConfig, method: GemFilter, parts: Sequence[_Part]) -> list[Sequence[_Part]]:
     """Segments, or what belongs to each, as they pass through the filter: several at a time, the rest one by one."""
-    size = min(_TOGETHER, config.context // reach(config, method))
+    size = min(_TOGETHER, -(-config.context // reach(config, method)))
     together = len(parts) // size * size
     several = [parts[start : start + size] for start in range(0, together, size)]
     return several + [parts[start : start + 1] for start in range(together, len(parts))]
