@@ -155,7 +155,7 @@ def _scores_in_pieces(
     done = prompt.head
     parts = segments.pieces(model.config, prompt, rows, method)
     longest = max(map(len, parts))
-    width = bucket(prompt.head + longest + prompt.tail)
+    width = segments.width(prompt.head + longest + prompt.tail)
     for group in segments.groups(model.config, method, parts):
         ids = [prompt.ids[np.concatenate([head, piece, tail])] for piece in group]
         alike = [prompt] * len(group)

@@ -114,7 +114,7 @@ def read(model: Decoder, prompt: Prompt, method: GemFilter, *, progress: Progres
     """Read a prompt's document, for this and any other question that leaves its segments as they are."""
     beginnings = _beginnings(model.config, prompt, method)
     longest = max(len(one.ids) for one in beginnings)
-    width = bucket(longest)
+    width = segments.width(longest)
     states, done = [], 0
     for group in segments.groups(model.config, method, beginnings):
         ids, lengths = passes.pad([one.ids for one in group], width)

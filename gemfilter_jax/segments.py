@@ -5,6 +5,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from gemfilter_jax.buckets import bucket
 from gemfilter_jax.config import ModelConfig
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.methods import GemFilter
@@ -14,6 +15,7 @@ _Part = TypeVar("_Part")
 
 _SEGMENT = 9 / 16  # of the context: a prompt as long as that is cut in two, its question in both
 _TOGETHER = 4  # segments in one pass at most: about as many tokens as the context, faster than one by one
+_WIDTH_STEP = 512  # a bucket would add up to half of a segment's length
 _QUESTION_STEPS = 32  # room for the question grows by this fraction of the reach
 
 
@@ -62,6 +64,11 @@ def pieces(config: ModelConfig, prompt: Prompt, rows: np.ndarray, method: GemFil
         cut.append(document[start:stop])
         start = stop
     return cut
+
+
+def width(longest: int) -> int:
+    """What segments of at most so many tokens are padded to."""
+    return min(bucket(longest), -(-longest // _WIDTH_STEP) * _WIDTH_STEP)
 
 
 def groups(config: ModelConfig, method: GemFilter, parts: Sequence[_Part]) -> list[Sequence[_Part]]:
