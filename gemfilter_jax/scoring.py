@@ -9,29 +9,48 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange, reduce
 
-Normalisation = Literal["none", "softmax", "sink"]
+from gemfilter_jax.pallas_kernels import tpu
 
+Normalisation = Literal["none", "softmax", "sink"]
+Implementation = Literal["pallas", "xla"]
+
+_ROW_BLOCK = 64  # observation rows at a time where all rows observe
 _BLOCK = 1024  # keys scored at a time: bounds the logits to [B, H, W, block]
 _LARGEST_EXPONENT = 60.0  # e^60 summed over all rows and heads still fits float32
 
 
 def score_keys(
-    q: jax.Array, rows: jax.Array, k: jax.Array, *, head_weights: jax.Array, normalisation: Normalisation
+    q: jax.Array,
+    rows: jax.Array,
+    k: jax.Array,
+    *,
+    head_weights: jax.Array,
+    normalisation: Normalisation,
+    window: jax.typing.ArrayLike | None = None,
+    implementation: Implementation | None = None,
 ) -> jax.Array:
     """The score of every key, summed over observation rows and weighted heads.
 
     Args:
-      q: [B, W, H, E], queries after rotary. rows: int [B, W], their positions; negative ones do not count.
+      q: [B, W, H, E], queries after rotary. rows: int [B, W], their positions below S; negative ones do not count.
       k: [B, S, G, E], keys after rotary.
-      head_weights: float [H], or [N, H] for N weightings at once.
+      head_weights: float [H], or [N, H] for N weightings at once: `jnp.eye(H)` gives each head's own scores,
+        `jnp.repeat(jnp.eye(G), H // G, axis=1)` those of each key head.
       normalisation: what becomes of the inner products of a row and the keys up to its own position.
-        "none": summed as they are, without scale, over all keys (GemFilter, arXiv 2409.17422, section 3).
+        "none": summed as they are, without scale, over all keys (GemFilter, arXiv 2409.17422, section 3). One product
+        of summed queries and keys, which XLA makes at the speed of memory: there is no kernel for it.
         "softmax": attention probabilities.
         "sink": exp(logit - logit of key 0), comparable between segments that share their first tokens, where each
         segment's own softmax is not.
+      window: how many keys a row sees, its own included, may be traced; None for all before it. Not for "none".
+      implementation: "pallas" is for TPU. None takes it where this process has one TPU device or the call stands in a
+        `shard_map`, because XLA cannot partition a kernel, and "xla" elsewhere and for what the kernel cannot serve.
 
     Returns:
       float32 [B, S], or [B, N, S] for N weightings. Keys of padding score too under "none": mask them by length.
+
+    Raises:
+      NotImplementedError: `implementation` is "pallas" and cannot serve these shapes; the message says why.
     """
     with jax.named_scope("scoring"):
         groups = k.shape[2]
@@ -41,10 +60,71 @@ def score_keys(
             counted = rearrange(counted, "b (g r) e -> b g r e", g=groups)
             summed = jnp.einsum("bgre,...gr->b...ge", counted, _by_group(weighted, groups), precision="highest")
             return jnp.einsum("b...ge,bsge->b...s", summed, k, precision="highest", preferred_element_type=jnp.float32)
-        return _masses(q, rows, k, weighted, from_sink=normalisation == "sink")
+        from_sink = normalisation == "sink"
+        if implementation == "pallas" or (implementation is None and _may_run_kernels()):
+            try:
+                return tpu.masses(
+                    q, rows, k, weighted, from_sink=from_sink, window=window, largest_exponent=_LARGEST_EXPONENT
+                )
+            except NotImplementedError:
+                if implementation is not None:
+                    raise
+        return _masses(q, rows, k, weighted, from_sink=from_sink, window=window)
 
 
-def _masses(q: jax.Array, rows: jax.Array, k: jax.Array, head_weights: jax.Array, *, from_sink: bool) -> jax.Array:
+def score_keys_by_all_rows(
+    q: jax.Array,
+    lengths: jax.Array,
+    k: jax.Array,
+    *,
+    head_weights: jax.Array,
+    normalisation: Normalisation,
+    window: jax.typing.ArrayLike | None = None,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    """`score_keys` with every row of right-padded prompts as an observation row, as H2O scores (arXiv 2306.14048).
+
+    Args:
+      q: [B, S, H, E]. lengths: int [B]; rows past them do not count. The rest as in `score_keys`.
+
+    Returns:
+      float32 [B, S], or [B, N, S] for N weightings.
+    """
+    length = q.shape[1]
+    block = min(_ROW_BLOCK, length)
+
+    def add(index, scores):
+        start = jnp.minimum(index * block, length - block)
+        rows = start + jnp.arange(block)
+        counted = (rows >= index * block) & (rows < lengths[:, None])
+        return scores + score_keys(
+            jax.lax.dynamic_slice_in_dim(q, start, block, axis=1),
+            jnp.where(counted, rows, -1),
+            k,
+            head_weights=head_weights,
+            normalisation=normalisation,
+            window=window,
+            implementation=implementation,
+        )
+
+    nothing = jnp.zeros((len(q), *head_weights.shape[:-1], length), jnp.float32)
+    return jax.lax.fori_loop(0, (jnp.max(lengths) + block - 1) // block, add, nothing)
+
+
+def _may_run_kernels() -> bool:
+    alone = jax.device_count() == 1 or bool(jax.sharding.get_abstract_mesh().manual_axes)
+    return jax.default_backend() == "tpu" and alone
+
+
+def _masses(
+    q: jax.Array,
+    rows: jax.Array,
+    k: jax.Array,
+    head_weights: jax.Array,
+    *,
+    from_sink: bool,
+    window: jax.typing.ArrayLike | None,
+) -> jax.Array:
     length, groups = k.shape[1], k.shape[2]
     block = min(_BLOCK, length)
     key_blocks = jnp.pad(k, ((0, 0), (0, -length % block), (0, 0), (0, 0)))
@@ -53,12 +133,14 @@ def _masses(q: jax.Array, rows: jax.Array, k: jax.Array, head_weights: jax.Array
 
     def logits(index, keys):
         products = jnp.einsum("bgrwe,bgse->bgrws", queries, keys.astype(jnp.float32), precision="highest")
-        seen = index * block + jnp.arange(block) <= rows[:, None, None, :, None]
-        return jnp.where(seen, products, -jnp.inf)
+        distance = rows[..., None] - (index * block + jnp.arange(block))
+        seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+        return jnp.where(seen[:, None, None], products, -jnp.inf)
 
     numbered = (jnp.arange(len(key_blocks)), key_blocks)
     if from_sink:
-        reference = logits(0, key_blocks[0])[..., 0]
+        sink = k[:, 0].astype(jnp.float32)
+        reference = jnp.einsum("bgrwe,bge->bgrw", queries, sink, precision="highest")
     else:
         per_block = jax.lax.map(lambda x: jax.nn.logsumexp(logits(*x), axis=-1), numbered)
         reference = jax.nn.logsumexp(per_block, axis=0)
