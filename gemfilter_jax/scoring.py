@@ -9,8 +9,6 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange, reduce
 
-from gemfilter_jax.pallas_kernels import tpu
-
 Normalisation = Literal["none", "softmax", "sink"]
 Implementation = Literal["pallas", "xla"]
 
@@ -62,6 +60,8 @@ def score_keys(
             return jnp.einsum("b...ge,bsge->b...s", summed, k, precision="highest", preferred_element_type=jnp.float32)
         from_sink = normalisation == "sink"
         if implementation == "pallas" or (implementation is None and _may_run_kernels()):
+            from gemfilter_jax.pallas_kernels import tpu  # Pallas takes a quarter of a second to import
+
             try:
                 return tpu.masses(
                     q, rows, k, weighted, from_sink=from_sink, window=window, largest_exponent=_LARGEST_EXPONENT
