@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemfilter_jax import filtering, passes, reading, two_stage
+from gemfilter_jax.attention import check_runs_here
 from gemfilter_jax.buckets import bucket
 from gemfilter_jax.checkpoints import Checkpoint, Opened, load_checkpoint
 from gemfilter_jax.checkpoints.weights import BytesRead
@@ -358,6 +359,7 @@ def load(
     preset: Preset | None = None,
     chat_template: bool = True,
     message_format: str = MESSAGE_FORMAT,
+    attention: str | None = None,
     progress: BytesRead | None = None,
 ) -> Pipeline:
     """Load a model for answering questions of long texts.
@@ -371,13 +373,30 @@ def load(
       preset: filter settings; those known for the model if None.
       chat_template: wrap prompts in the tokenizer's chat template, if it has one.
       message_format: see `prompts.encode`.
+      attention: one of `attention.IMPLEMENTATIONS`; None for what serves best here.
       progress: called with (bytes read, bytes to read).
 
     Raises:
-      UserError: the model cannot be loaded, with the reason.
+      UserError: the model cannot be loaded, or the attention not run here, with the reason.
     """
+    implementation = _attention_on(mesh, attention)
     checkpoint = load_checkpoint(
         source, dtype, weights=weights, filter_layers=filter_layers, mesh=mesh, progress=progress
     )
+    checkpoint.model.attention_implementation = implementation
     preset = preset or preset_for(checkpoint.model.config)
     return Pipeline(checkpoint, preset, chat_template, message_format)
+
+
+def _attention_on(mesh: jax.sharding.Mesh | None, attention: str | None) -> str | None:
+    """The implementation of attention for a mesh: XLA splits its own programs, and no kernels."""
+    if attention is not None:
+        try:
+            check_runs_here(attention)
+        except NotImplementedError as error:
+            raise UserError(f"attention {attention!r} {error}") from error
+    if mesh is None or mesh.size == 1:
+        return attention
+    if attention not in (None, "xla"):
+        raise UserError(f"attention {attention!r} runs on one device, and the mesh has {mesh.size}; 'xla' runs on all")
+    return "xla"

@@ -51,6 +51,13 @@ def define_model(values: flags.FlagValues) -> None:
         "How text and question become one message; holds {text} once and {question} after it.",
         flag_values=values,
     )
+    flags.DEFINE_enum(
+        "attention",
+        "auto",
+        ["auto", "xla", "splash", "cudnn"],
+        "What computes attention to prompts: xla anywhere, splash on TPU, cudnn on GPU; auto is the first that serves.",
+        flag_values=values,
+    )
 
 
 def define_filter(values: flags.FlagValues) -> None:
@@ -227,6 +234,7 @@ def load_pipeline(
             preset=preset,
             chat_template=values.chat_template,
             message_format=values.message_format or prompts.MESSAGE_FORMAT,
+            attention=None if values.attention == "auto" else values.attention,
             progress=progress,
         )
 

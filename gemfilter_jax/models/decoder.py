@@ -29,6 +29,9 @@ _ALL = 2**30  # the window of a layer without one: wider than any prompt
 class Decoder(nnx.Module):
     """A decoder-only language model. A pytree: pass it to `jax.jit`, map over it, shard it.
 
+    Attributes:
+      attention_implementation: of prompts' attention, see `attention.causal`; static.
+
     Args:
       dtype: of weights and activations.
       int8: hold matrices but the embedding as int8, symmetric, with a float32 scale for each output channel.
@@ -52,6 +55,7 @@ class Decoder(nnx.Module):
         whole = filter_layers is None
         self.config = config
         self.int8_products = False
+        self.attention_implementation: str | None = None
         self.held_layers = config.layers if filter_layers is None else filter_layers
         table = nnx.initializers.normal(0.02)(rngs.params(), (config.vocab, config.width), weights.dtype)
         self.embedding = nnx.Param(table, axes=("vocab", "embed"))
@@ -87,10 +91,12 @@ class Decoder(nnx.Module):
         model.int8_products = True
         return model
 
-    def _window(self, index: jax.typing.ArrayLike) -> jax.Array | None:
-        """The sliding window of layer `index`, which may be traced."""
+    def _window(self, index: jax.typing.ArrayLike) -> jax.Array | int | None:
+        """The sliding window of layer `index`, which may be traced; a number where all layers have the same."""
         if self.config.sliding_windows is None:
             return None
+        if len(set(self.config.sliding_windows)) == 1:
+            return self.config.sliding_windows[0]
         return jnp.asarray([window or _ALL for window in self.config.sliding_windows], jnp.int32)[index]
 
     def _through(
@@ -101,7 +107,15 @@ class Decoder(nnx.Module):
             layer = self.layer(index)
             rows = jnp.max(lengths)
             q, k, v = layer.open(x, table, rows)
-            attended = attention.causal(q, k, v, lengths=lengths, window=self._window(index), pattern=pattern)
+            attended = attention.causal(
+                q,
+                k,
+                v,
+                lengths=lengths,
+                window=self._window(index),
+                pattern=pattern,
+                implementation=self.attention_implementation,
+            )
             return layer.close(x, attended, rows), k, v
 
     def hidden_states(

@@ -1,36 +1,17 @@
-"""The one door to attention. Axes as in `models.decoder`; no implementation here makes an S x S array."""
+"""Attention in plain XLA, blockwise, on every platform: serves whatever is asked for."""
 
-import dataclasses
-import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from gemfilter_jax.attention.visibility import TriShape
 from gemfilter_jax.precision import precision_of
 
 _BLOCK = 512  # queries and keys per block: the fastest of 64..1024 on two AVX-512 cores at S = 8192, E = 64
 _BAND_BLOCK = 256  # of a tri_shape: what lies outside the band in a block is computed for nothing
 _MASKED = -1e30  # finite, so that a row without any visible key yields numbers instead of NaN
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["tails"], meta_fields=["first", "band", "room"])
-@dataclasses.dataclass(frozen=True)
-class TriShape:
-    """First tokens, a local band and dense last rows: attention that is linear in S.
-
-    Attributes:
-      tails: int [B], rows at the end of each prompt that see all keys before them.
-      first: keys at the start of the prompt that every query after them sees.
-      band: keys right before a query that it sees, its own included.
-      room: no tail has more rows than this.
-    """
-
-    tails: jax.Array
-    first: int
-    band: int
-    room: int
 
 
 def causal(
@@ -39,40 +20,50 @@ def causal(
     v: jax.Array,
     *,
     lengths: jax.Array,
-    window: jax.typing.ArrayLike | None = None,
-    pattern: TriShape | None = None,
+    window: jax.typing.ArrayLike | None,
+    pattern: TriShape | None,
 ) -> jax.Array:
-    """Causal self-attention of a right-padded prompt, blockwise with an online softmax (Dao et al. 2022).
+    """`attention.causal` with an online softmax over blocks of keys (Dao et al. 2022).
 
     Blocks above the diagonal or outside what every row of a block sees, and query blocks that hold only padding, are
-    skipped. A real row never sees padding, because padding lies to its right.
-
-    Args:
-      q: [B, S, H, E]. k, v: [B, S, G, E]. lengths: [B].
-      window: how many keys a query sees, its own included, may be traced; None for all before it.
-      pattern: None for dense attention; a tri_shape sees nothing beyond `window` either.
-
-    Returns:
-      [B, S, H, E] in q's dtype; rows of padding are unspecified but finite.
+    skipped.
     """
-    with jax.named_scope("attention"):
-        length = q.shape[1]
-        block = min(_BLOCK if pattern is None else _BAND_BLOCK, length)
-        padding = -length % block
-        if padding:
-            q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k, v))
-        if pattern is None:
-            return _dense(q, k, v, lengths, block, window)[:, :length]
-        out = _banded(q, k, v, lengths, block, window, pattern)[:, :length]
-        if pattern.room == 0:
-            return out
-        room = min(pattern.room, length)
-        positions = lengths[:, None] - room + jnp.arange(room)
-        last = jnp.take_along_axis(q, jnp.maximum(positions, 0)[..., None, None], axis=1)
-        dense = rows(last, positions, k, v, window=window)
-        in_tail = positions >= jnp.maximum(lengths - pattern.tails, 0)[:, None]
-        columns = jnp.where(in_tail, positions, length)
-        return out.at[jnp.arange(len(out))[:, None], columns].set(dense, mode="drop")
+    length = q.shape[1]
+    block = min(_BLOCK if pattern is None else _BAND_BLOCK, length)
+    q_blocks, k_blocks, v_blocks = (padded(x, block) for x in (q, k, v))
+    if pattern is None:
+        return _dense(q_blocks, k_blocks, v_blocks, lengths, block, window)[:, :length]
+    out = _banded(q_blocks, k_blocks, v_blocks, lengths, block, window, pattern)[:, :length]
+    return with_tails(out, q, k, v, lengths=lengths, window=window, pattern=pattern)
+
+
+def padded(x: jax.Array, block: int) -> jax.Array:
+    """x [B, S, ...] with zeros behind it up to whole blocks."""
+    missing = -x.shape[1] % block
+    return jnp.pad(x, ((0, 0), (0, missing), *((0, 0),) * (x.ndim - 2))) if missing else x
+
+
+def with_tails(
+    out: jax.Array,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    lengths: jax.Array,
+    window: jax.typing.ArrayLike | None,
+    pattern: TriShape,
+) -> jax.Array:
+    """The result [B, S, H, E] of a tri_shape's first tokens and band, with its last rows computed densely."""
+    if pattern.room == 0:
+        return out
+    length = q.shape[1]
+    room = min(pattern.room, length)
+    positions = lengths[:, None] - room + jnp.arange(room)
+    last = jnp.take_along_axis(q, jnp.maximum(positions, 0)[..., None, None], axis=1)
+    dense = rows(last, positions, k, v, window=window)
+    in_tail = positions >= jnp.maximum(lengths - pattern.tails, 0)[:, None]
+    columns = jnp.where(in_tail, positions, length)
+    return out.at[jnp.arange(len(out))[:, None], columns].set(dense, mode="drop")
 
 
 def _dense(
@@ -201,8 +192,7 @@ def rows(
     with jax.named_scope("attention_rows"):
         groups, repeats = k.shape[2], q.shape[2] // k.shape[2]
         block = min(_BLOCK, k.shape[1])
-        padding = ((0, 0), (0, -k.shape[1] % block), (0, 0), (0, 0))
-        k, v = (rearrange(jnp.pad(x, padding), "b s g e -> b g s e") for x in (k, v))
+        k, v = (rearrange(padded(x, block), "b s g e -> b g s e") for x in (k, v))
         queries = rearrange(q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype), "b s (g r) e -> b g (r s) e", g=groups)
         own = jnp.tile(positions, (1, repeats))[:, None, :, None]
 
