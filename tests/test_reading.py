@@ -7,7 +7,7 @@ import pytest
 import tiny
 from flax import nnx
 
-from gemfilter_jax import filtering, reading
+from gemfilter_jax import filtering, reading, segments
 from gemfilter_jax.config import LongRope
 from gemfilter_jax.methods import GemFilter
 from gemfilter_jax.models.decoder import Decoder
@@ -101,6 +101,17 @@ def test_a_reading_of_something_else_is_not_used(tmp_path, change):
     assert reading.load(model, prompt, method, tmp_path) is None
     if change in (_changed_text, _a_long_question):  # what may change between the questions of one document
         assert not made.fits(model.config, prompt, method)
+
+
+def test_segments_that_passed_in_other_numbers_are_not_used(tmp_path):
+    """Of two lengths that cut the same segments, the shorter lets three pass together and the longer two."""
+    model, prompt = tiny.decoder(), _prompt(1999)
+    shorter, longer = (dataclasses.replace(_METHOD, segment=segment) for segment in (127, 128))
+    pieces, same = (segments.pieces(model.config, prompt, np.arange(1999), one) for one in (shorter, longer))
+    assert [piece.tolist() for piece in pieces] == [piece.tolist() for piece in same]
+    assert [len(segments.groups(model.config, one, pieces)[0]) for one in (shorter, longer)] == [3, 2]
+    _save(model, prompt, shorter, tmp_path)
+    assert reading.load(model, prompt, longer, tmp_path) is None
 
 
 def test_a_damaged_reading_is_read_again(tmp_path):
