@@ -68,11 +68,12 @@ def record(model: Pipeline, case: Case, method: GemFilter, layers: int) -> Recor
     )
     width = bucket(len(prompt))
     ids, lengths = passes.pad([prompt.ids], width)
-    tails = np.array([max(prompt.tail, method.window)])
+    tails = np.array([prompt.tail], np.int32)
     scores = two_stage.score_heads(
         passes.filtering(model.checkpoint.model, method),
         ids,
         lengths,
+        jnp.asarray(tails),
         layers=layers,
         window=method.window,
         normalisation=method.normalisation,

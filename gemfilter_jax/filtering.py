@@ -21,7 +21,7 @@ _select = jax.jit(selection.select, static_argnames=("capacity", "pooling", "ker
 def keep_tokens(
     model: Decoder, prompts: Sequence[Prompt], method: GemFilter, *, progress: Progress | None = None
 ) -> list[np.ndarray]:
-    """The indices of the tokens that `method` keeps of each prompt, increasing.
+    """The indices of the tokens that `method` keeps of each prompt, in the order in which stage 2 reads them.
 
     A prompt beyond `segments.reach` is cut into segments, each with the template's head and the question around it;
     the best tokens of all segments are kept, at once or in `method.rounds`.
@@ -113,6 +113,8 @@ def check(model: Decoder, prompt: Prompt, method: GemFilter) -> None:
             f"original positions need a prompt within the model's context of {config.context} tokens, "
             f"this one has {len(prompt)}"
         )
+    if method.order == "best_last" and method.positions == "original":
+        raise UserError("original positions need order 'text'")
 
 
 def _budgets(prompt: Prompt, method: GemFilter) -> list[int]:
@@ -184,7 +186,11 @@ def _chosen(
     *,
     keep: int | None = None,
 ) -> list[np.ndarray]:
-    """The kept ones of each prompt's candidates, which have a score each: `keep` of them, or as the method says."""
+    """The kept ones of each prompt's candidates, which have a score each.
+
+    Args:
+      keep: so many, increasing, for a further round; None for as many and in such order as the method says.
+    """
     width = bucket(max(map(len, candidates)))
     padded = np.zeros((len(prompts), width), np.float32)
     always = np.zeros(padded.shape, bool)
@@ -206,5 +212,19 @@ def _chosen(
         kernel=method.kernel,
         chunks=chunks if method.chunk > 1 else None,
     )
-    indices, counts = np.asarray(kept.indices), np.asarray(kept.lengths)
-    return [rows[indices[row, : counts[row]]] for row, rows in enumerate(candidates)]
+    chosen = []
+    for row, (prompt, rows) in enumerate(zip(prompts, candidates, strict=True)):
+        count = int(kept.lengths[row])
+        best = rows[np.asarray(kept.indices[row, :count])]
+        last = keep is None and method.order == "best_last"
+        chosen.append(_best_last(prompt, best, np.asarray(kept.ranked[row, :count])) if last else best)
+    return chosen
+
+
+def _best_last(prompt: Prompt, rows: np.ndarray, ranked: np.ndarray) -> np.ndarray:
+    """Increasing rows of a prompt with the document's passages, runs of neighbours, by their highest rank."""
+    head, tail = np.searchsorted(rows, [prompt.head, len(prompt) - prompt.tail])
+    cuts = head + 1 + np.flatnonzero(np.diff(rows[head:tail]) > 1)
+    passages = [passage for passage in np.split(np.arange(head, tail), cuts - head) if len(passage)]
+    passages.sort(key=lambda passage: ranked[passage].max())
+    return rows[np.concatenate([np.arange(head), *passages, np.arange(tail, len(rows))])]

@@ -8,6 +8,7 @@ from gemfilter_jax.selection import Pooling
 
 FilterAttention = Literal["auto", "dense", "tri_shape"]
 FilterPrecision = Literal["float", "int8"]
+Order = Literal["text", "best_last"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,7 @@ class GemFilter:
       share: keep no more chunks than hold this share of the document's score, rounded up to a bucket, instead of K
         tokens in any case; None for K.
       least: tokens kept at least where `share` decides.
-      window: W, observation rows at the end of the prompt.
+      window: W, observation rows at the end of the prompt, none of them before the question.
       normalisation: see `scoring.score_keys`; prompts cut into segments are scored with "sink" in place of "softmax".
       head_weights: one weight for each query head, or None for all heads alike.
       pooling, kernel: neighbours pooled before ranking.
@@ -43,6 +44,8 @@ class GemFilter:
         for a little more than half of the model's context. Does not hold where `normalisation` is "none".
       rounds: of a prompt in segments, the tokens that are left for each further pass through the filter;
         none if the first pass chooses the K.
+      order: of the kept passages in stage 2: "text", as they stand there, as published, or "best_last", the one of the
+        highest score next to the question.
       positions: rotary positions of the kept tokens in stage 2: "compact" (0..K-1, as published) or "original".
     """
 
@@ -64,6 +67,7 @@ class GemFilter:
     filter_precision: FilterPrecision = "float"
     segment: int | None = None
     rounds: tuple[int, ...] = ()
+    order: Order = "best_last"
     positions: Literal["compact", "original"] = "compact"
 
     @classmethod
@@ -80,6 +84,7 @@ class GemFilter:
             sentences=False,
             keep_required=False,
             filter_attention="dense",
+            order="text",
         )
 
 

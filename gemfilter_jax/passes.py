@@ -35,12 +35,13 @@ def scores(
       document: tokens of the longest document, or segment of one, among which this is.
     """
     padded, lengths = pad(ids, width)
-    tails = np.array([max(prompt.tail, method.window) for prompt in prompts], np.int32)
+    tails = np.array([prompt.tail for prompt in prompts], np.int32)
     return np.asarray(
         two_stage.score_prompt(
             filtering(model, method),
             padded,
             lengths,
+            jnp.asarray(tails),
             jnp.int32(method.filter_layer),
             head_weights(model, method),
             window=method.window,

@@ -346,7 +346,8 @@ class Document:
 
 
 def _kept_text(prompt: Prompt, kept: np.ndarray) -> KeptText:
-    return KeptText(prompt.text, len(prompt), tuple(map(int, kept)), tuple(prompt.spans(kept)))
+    rows = np.sort(kept)
+    return KeptText(prompt.text, len(prompt), tuple(map(int, rows)), tuple(prompt.spans(rows)))
 
 
 def load(

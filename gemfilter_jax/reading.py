@@ -60,15 +60,13 @@ class Reading:
         """float32 [S], a score for each token of a prompt with this document; 0 for required ones."""
         whole = len(prompt) <= segments.reach(model.config, method)
         question = prompt.ids[len(prompt) - prompt.tail :]
-        overlap = max(method.window - prompt.tail, 0)  # rows of the document that look for its tokens too
         scores = np.zeros(len(prompt), np.float32)
         done = prompt.head
         for state, group in zip(self.states, segments.groups(model.config, method, self.beginnings), strict=True):
-            endings = [np.concatenate([one.ids[len(one.ids) - overlap :], question]) for one in group]
-            ids, lengths = passes.pad(endings, bucket(prompt.tail + overlap))
+            ids, lengths = passes.pad([question] * len(group), bucket(prompt.tail))
             scored = two_stage.score_after(
                 passes.filtering(model, method),
-                dataclasses.replace(state, lengths=state.lengths - overlap),
+                state,
                 ids,
                 lengths,
                 passes.head_weights(model, method),

@@ -22,10 +22,12 @@ class Selection:
     Attributes:
       indices: int32 [B, K], strictly increasing over the first `lengths` entries; the rest hold S.
       lengths: int32 [B], how many are kept.
+      ranked: float32 [B, K], by which each was chosen, see `rank`; -inf past `lengths`.
     """
 
     indices: jax.Array
     lengths: jax.Array
+    ranked: jax.Array
 
 
 def pool(scores: jax.Array, kind: Pooling, kernel: int) -> jax.Array:
@@ -144,4 +146,5 @@ def select(
         kept = jnp.minimum(jnp.asarray(keep, jnp.int32), lengths.astype(jnp.int32))
         indices = jnp.sort(jnp.where(jnp.arange(width) < kept[:, None], best, length), axis=1)
         indices = jnp.pad(indices, ((0, 0), (0, capacity - width)), constant_values=length)
-        return Selection(indices.astype(jnp.int32), kept)
+        of_kept = jnp.take_along_axis(ranked, indices, axis=1, mode="fill", fill_value=-jnp.inf)
+        return Selection(indices.astype(jnp.int32), kept, of_kept)

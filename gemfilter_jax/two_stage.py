@@ -24,6 +24,7 @@ def score_prompt(
     model: Decoder,
     ids: jax.Array,
     lengths: jax.Array,
+    tails: jax.Array,
     filter_layer: jax.typing.ArrayLike,
     head_weights: jax.Array,
     *,
@@ -35,6 +36,7 @@ def score_prompt(
 
     Args:
       ids: int32 [B, S]. lengths: int32 [B]. filter_layer: r. head_weights: float32 [H].
+      tails: int32 [B], the last tokens of each prompt, of which at most the last `window` observe.
       window: W. normalisation: see `scoring.score_keys`.
       pattern: of attention, None for dense.
 
@@ -43,7 +45,14 @@ def score_prompt(
     """
     with jax.named_scope("filter"):
         q, k, rows = model.keys_and_last_queries(ids, lengths, filter_layer, window, pattern)
+        rows = _observing(rows, tails)
         return score_keys(q, rows, k, head_weights=head_weights, normalisation=normalisation)
+
+
+def _observing(rows: jax.Array, tails: jax.Array) -> jax.Array:
+    """Rows [B, W] that end a prompt, those before its last `tails` [B] made -1."""
+    window = rows.shape[1]
+    return jnp.where(jnp.arange(window) >= window - tails[:, None], rows, -1)
 
 
 @functools.partial(jax.jit, static_argnames=("layers", "window", "normalisation"))
@@ -51,6 +60,7 @@ def score_heads(
     model: Decoder,
     ids: jax.Array,
     lengths: jax.Array,
+    tails: jax.Array,
     *,
     layers: int,
     window: int,
@@ -61,7 +71,7 @@ def score_heads(
     each = jnp.eye(model.config.heads)
 
     def look(q: jax.Array, k: jax.Array, rows: jax.Array) -> jax.Array:
-        return score_keys(q, rows, k, head_weights=each, normalisation=normalisation)
+        return score_keys(q, _observing(rows, tails), k, head_weights=each, normalisation=normalisation)
 
     with jax.named_scope("filter"):
         return model.at_each_layer(ids, lengths, layers, window, look, pattern)
@@ -96,7 +106,7 @@ def score_after(
     """Stage 1 of prompts whose beginnings have been read.
 
     Args:
-      ids: int32 [B, T], how the prompts go on. lengths: int32 [B], at least `window`.
+      ids: int32 [B, T], how the prompts go on. lengths: int32 [B]; at most the last `window` of them observe.
       head_weights, window, normalisation: see `score_prompt`.
 
     Returns:

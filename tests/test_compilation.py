@@ -85,6 +85,7 @@ def test_stage_1_makes_no_square_array(normalisation):
         tiny.decoder(),
         jax.ShapeDtypeStruct((1, length), jnp.int32),
         jax.ShapeDtypeStruct((1,), jnp.int32),
+        jax.ShapeDtypeStruct((1,), jnp.int32),
         jnp.int32(2),
         jnp.ones(tiny.CONFIG.heads),
         window=32,

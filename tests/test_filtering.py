@@ -16,7 +16,9 @@ from gemfilter_jax.prompts import Prompt
 
 _HEAD, _TAIL, _CHUNK = 7, 10, 8  # so that a segment holds part of a chunk more than its whole ones
 _SEGMENT = tiny.CONTEXT * 9 // 16
-_DEFAULT = GemFilter(filter_layer=2, keep=64, window=16, pooling="none", kernel=1, chunk=_CHUNK, sentences=False)
+_DEFAULT = GemFilter(
+    filter_layer=2, keep=64, window=16, pooling="none", kernel=1, chunk=_CHUNK, sentences=False, order="text"
+)
 _PAPER = GemFilter.paper(filter_layer=2, keep=64)
 
 
@@ -47,6 +49,24 @@ def test_a_batch_keeps_what_its_prompts_keep_alone():
     together = filtering.keep_tokens(tiny.decoder(), prompts, _DEFAULT)
     for rows, prompt in zip(together, prompts, strict=True):
         np.testing.assert_array_equal(rows, filtering.keep_tokens(tiny.decoder(), [prompt], _DEFAULT)[0])
+
+
+@pytest.mark.parametrize("normalisation", ["softmax", "none"])
+def test_no_row_before_the_question_observes(normalisation):
+    prompt = _prompt(_SEGMENT, tail=4)
+    wide, exact = (
+        passes.scores(
+            tiny.decoder(),
+            [prompt.ids],
+            [prompt],
+            dataclasses.replace(_DEFAULT, window=window, normalisation=normalisation),
+            whole=True,
+            document=len(prompt),
+            width=len(prompt),
+        )
+        for window in (16, 4)
+    )
+    np.testing.assert_allclose(wide, exact, rtol=1e-5, atol=1e-6)
 
 
 def test_a_sliding_window_bounds_what_is_filtered_in_one_pass(monkeypatch):
@@ -157,6 +177,18 @@ def test_the_best_chunks_of_all_segments_are_kept(score_of_token, best):
     np.testing.assert_array_equal(kept, np.sort(np.concatenate([ends, document])))
 
 
+@pytest.mark.parametrize("document", [14, 240], ids=["in one pass", "in segments"])
+def test_the_best_passage_is_read_last(score_of_token, document):
+    ranks = np.arange(document)
+    ranks[[3, 4, 8, 12]] = 1001, 1000, 1003, 1002
+    prompt = _ranked_chunks(score_of_token, document * _CHUNK, ranks)
+    method = dataclasses.replace(_DEFAULT, keep=_HEAD + 4 * _CHUNK + _TAIL, order="best_last")
+    (kept,) = filtering.keep_tokens(tiny.decoder(), [prompt], method)
+    chunks = [_HEAD + chunk * _CHUNK + np.arange(_CHUNK) for chunk in (3, 4, 12, 8)]
+    ends = np.flatnonzero(prompt.required)
+    np.testing.assert_array_equal(kept, np.concatenate([ends[:_HEAD], *chunks, ends[_HEAD:]]))
+
+
 def test_chunks_stay_whole_through_the_rounds(score_of_token):
     """The document ends in part of a chunk, the best of all: it must not shift where the next round cuts."""
     ranks = np.append(np.random.default_rng(0).permutation(248), 999)
@@ -236,6 +268,7 @@ def test_progress_grows_to_one_total(lengths):
         pytest.param({"keep": 16}, 90, _HEAD, "keep is 16, .* question alone are 17 tokens", id="keep too little"),
         pytest.param({"keep": 200}, 300, 130, "take 140 tokens.* no room .* of 144 tokens", id="long question"),
         pytest.param({"positions": "original"}, 300, _HEAD, "original positions .* 256.* 300", id="positions"),
+        pytest.param({"positions": "original", "order": "best_last"}, 90, _HEAD, "need order 'text'", id="order"),
     ],
 )
 def test_what_does_not_fit_is_refused(change, length, head, words):

@@ -29,7 +29,7 @@ _TRI_SHAPE = {"filter_attention": "tri_shape", "band": 24, "first_tokens": 5}
     ("change", "tail"),
     [
         ({}, _TAIL),
-        ({}, 4),  # a question shorter than the window, which then looks from the document's last tokens too
+        ({}, 4),  # a question shorter than the window
         (_TRI_SHAPE, _TAIL),
         (_TRI_SHAPE, 4),
         (_TRI_SHAPE, 30),

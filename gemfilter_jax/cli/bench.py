@@ -14,6 +14,7 @@ from gemfilter_jax.cli import command, options
 FLAGS = flags.FlagValues()
 options.define_model(FLAGS)
 options.define_filter(FLAGS)
+options.define_order(FLAGS)
 options.define_comparison(FLAGS, lengths=["1024", "2048", "4096"])
 flags.DEFINE_integer("max_new_tokens", 32, "Tokens that every run writes.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer("repeats", 3, "Timed runs of each, after one to compile.", lower_bound=1, flag_values=FLAGS)

@@ -18,6 +18,7 @@ options.define_model(FLAGS)
 options.define_prompt_file(FLAGS, otherwise="standard input is for questions")
 options.define_rule(FLAGS)
 options.define_filter(FLAGS)
+options.define_order(FLAGS)
 options.define_answer(FLAGS)
 options.define_document_cache(FLAGS)
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # commands parse their flags before they import JAX, so that 
 FLAGS = flags.FlagValues()
 options.define_model(FLAGS)
 options.define_filter(FLAGS)
+options.define_order(FLAGS)
 options.define_comparison(FLAGS, lengths=["2048"])
 flags.DEFINE_enum("questions", "needles", ["needles", "held_out"], "What is asked.", flag_values=FLAGS)
 _HELD_OUT = [

@@ -30,6 +30,7 @@ options.define_prompt_file(FLAGS, otherwise="standard input if not given")
 options.define_kept_text(FLAGS)
 options.define_rule(FLAGS)
 options.define_filter(FLAGS)
+options.define_order(FLAGS)
 options.define_answer(FLAGS)
 options.define_document_cache(FLAGS)
 flags.DEFINE_multi_string(

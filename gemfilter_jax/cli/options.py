@@ -91,6 +91,18 @@ def define_filter(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("first_tokens", None, "First keys that tri_shape sees.", lower_bound=0, flag_values=values)
 
 
+def define_order(values: flags.FlagValues) -> None:
+    """--order, for commands that answer from what was kept."""
+    flags.DEFINE_enum(
+        "order",
+        None,
+        ["text", "best_last"],
+        "Of the kept passages before the model that answers: as in the text, or the best next to the question; the "
+        "preset's if not given.",
+        flag_values=values,
+    )
+
+
 def define_filter_pass(values: flags.FlagValues, *, attention: str | None, precision: str | None) -> None:
     """--filter_attention and --filter_precision, with their defaults; None for the preset's."""
     flags.DEFINE_enum(
@@ -252,8 +264,8 @@ def _method(values: flags.FlagValues, model: "Pipeline", name: str) -> "GemFilte
     if name == "uncalibrated":
         layer = model.preset.paper_layer if values.filter_layer is None else values.filter_layer
         method = dataclasses.replace(method, filter_layer=layer, head_weights=None)
-    names = ("filter_attention", "band", "first_tokens", "filter_precision")
-    given = {name: getattr(values, name) for name in names if getattr(values, name) is not None}
+    names = ("filter_attention", "band", "first_tokens", "filter_precision", "order")
+    given = {name: values[name].value for name in names if name in values and values[name].value is not None}
     return dataclasses.replace(method, **given)
 
 

@@ -216,10 +216,11 @@ class Decoder(nnx.Module):
         """As `keys_and_last_queries`, of prompts whose beginnings have been read.
 
         Args:
-          state: of B beginnings. ids: [B, T], what follows them. lengths: [B], how much of it; at least `window`.
+          state: of B beginnings. ids: [B, T], what follows them. lengths: [B], how much of it.
 
         Returns:
-          q [B, W, H, E], k [B, S + T, G, E] and rows [B, W]; k's first entries are the beginning's and what follows it.
+          q [B, W, H, E], k [B, S + T, G, E] and rows [B, W], -1 for those before `ids`; k's first entries are the
+          beginning's and what follows it.
         """
         table = rotary_table(self.config, state.positions(ids.shape[1]), state.lengths + lengths)
 
@@ -239,8 +240,8 @@ class Decoder(nnx.Module):
         normed = last.attention_norm(x)
         k = state.followed(state.last_keys, last.keys(normed, table))
         observed = lengths[:, None] - window + jnp.arange(window)
-        q = jnp.take_along_axis(last.queries(normed, table), observed[..., None, None], axis=1)
-        return q, k, state.lengths[:, None] + observed
+        q = jnp.take_along_axis(last.queries(normed, table), jnp.maximum(observed, 0)[..., None, None], axis=1)
+        return q, k, jnp.where(observed < 0, -1, state.lengths[:, None] + observed)
 
     def _table(self, tokens: jax.Array, lengths: jax.Array) -> Table:
         """The rotary table of prompts that begin at position 0, ids or x [B, S, ...]."""
