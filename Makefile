@@ -28,7 +28,15 @@ $(READY): pyproject.toml
 demo: $(READY)
 	@sh ./demo.sh $(BIN)
 
-test: $(READY)
+# libtpu compiles for TPU anywhere. JAX says which it wants; in a folder of its own no other process meets it.
+LIBTPU := $(VENV)/libtpu
+$(LIBTPU): $(READY)
+	@echo "Fetching the compiler of the TPU tests, about 200 MB"
+	@rm -rf $@.part
+	@$(BIN)/python -m pip install --progress-bar=on --no-deps --target $@.part "$$($(BIN)/python -c 'import importlib.metadata as m; print(next(r.split(";")[0] for r in m.requires("jax") if r.startswith("libtpu")))')" \
+		&& mv $@.part $@ || echo "libtpu does not install here: programs are not compiled for TPU"
+
+test: $(READY) $(LIBTPU)
 	$(BIN)/python -m pytest
 
 lint: $(READY)

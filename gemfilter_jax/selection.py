@@ -142,9 +142,54 @@ def select(
             sizes = jnp.asarray(buckets_to(capacity), jnp.int32)
             wanted = jnp.searchsorted(sizes, jnp.maximum(holding(scores, ranked, share), least))
             keep = jnp.minimum(keep, sizes[jnp.minimum(wanted, len(sizes) - 1)])
-        _, best = jax.lax.top_k(ranked, width)
         kept = jnp.minimum(jnp.asarray(keep, jnp.int32), lengths.astype(jnp.int32))
-        indices = jnp.sort(jnp.where(jnp.arange(width) < kept[:, None], best, length), axis=1)
+        indices = best_in_order(ranked, kept, width)
         indices = jnp.pad(indices, ((0, 0), (0, capacity - width)), constant_values=length)
         of_kept = jnp.take_along_axis(ranked, indices, axis=1, mode="fill", fill_value=-jnp.inf)
-        return Selection(indices.astype(jnp.int32), kept, of_kept)
+        return Selection(indices, kept, of_kept)
+
+
+def best_in_order(ranked: jax.Array, kept: jax.Array, width: int) -> jax.Array:
+    """Increasing indices of the best tokens of each row, ties to the earlier.
+
+    Accelerators sort all S for a top k in the thousands, so that they search for the value of the last one instead; a
+    CPU has its top 1,024 of 131,072 in 1.4 ms, and by searching in 5.
+
+    Args:
+      ranked: float32 [B, S], without NaN and -0.0. kept: int32 [B], how many of each row, at most `width`.
+
+    Returns:
+      int32 [B, width]; S past a row's `kept`.
+    """
+    by_sorting = functools.partial(best_by_sorting, width=width)
+    by_bisection = functools.partial(best_by_bisection, width=width)
+    return jax.lax.platform_dependent(ranked, kept, cpu=by_sorting, default=by_bisection)
+
+
+def best_by_sorting(ranked: jax.Array, kept: jax.Array, width: int) -> jax.Array:
+    """`best_in_order`, as XLA's top k orders them and a sort puts them back."""
+    _, best = jax.lax.top_k(ranked, width)
+    return jnp.sort(jnp.where(jnp.arange(width) < kept[:, None], best, ranked.shape[1]), axis=1).astype(jnp.int32)
+
+
+def best_by_bisection(ranked: jax.Array, kept: jax.Array, width: int) -> jax.Array:
+    """`best_in_order`, by halving the float32 bits between which the last kept value lies until they meet."""
+    bits = jax.lax.bitcast_convert_type(ranked, jnp.int32)
+    ordered = jnp.where(bits < 0, bits ^ jnp.iinfo(jnp.int32).max, bits)
+    wanted = kept[:, None]
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = (low | high) - ((low ^ high) >> 1)  # the upper of two, without overflow
+        enough = (ordered >= middle).sum(axis=1, keepdims=True) >= wanted
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle - 1)
+
+    limits = jnp.iinfo(jnp.int32)
+    last, _ = jax.lax.fori_loop(
+        0, limits.bits, halve, (jnp.full_like(wanted, limits.min), jnp.full_like(wanted, limits.max))
+    )
+    above = ordered > last
+    equals = jnp.cumsum(ordered == last, axis=1)
+    chosen = above | ((ordered == last) & (equals <= wanted - above.sum(axis=1, keepdims=True)))
+    places = jax.vmap(lambda so_far: jnp.searchsorted(so_far, jnp.arange(width) + 1))(jnp.cumsum(chosen, axis=1))
+    return jnp.where(jnp.arange(width) < wanted, places, ranked.shape[1]).astype(jnp.int32)

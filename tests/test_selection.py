@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemfilter_jax.scoring import score_keys
-from gemfilter_jax.selection import chunk_scores, pool, select
+from gemfilter_jax.selection import best_by_bisection, best_by_sorting, chunk_scores, pool, select
 
 _GOLDEN = Path(__file__).parent / "golden" / "official_selection.npz"
 _WIDTH = 24  # one width for all examples, so that each rule compiles once
@@ -28,6 +28,8 @@ _RULES = {
 
 _select = jax.jit(select, static_argnames=("capacity", "pooling", "kernel"))
 _chunk_scores = jax.jit(chunk_scores)
+_by_bisection = jax.jit(functools.partial(best_by_bisection, width=16))
+_by_sorting = jax.jit(functools.partial(best_by_sorting, width=16))
 _score_keys = jax.jit(score_keys, static_argnames=("normalisation",))
 _reproducible = settings(deadline=None, max_examples=60, derandomize=True)
 
@@ -261,3 +263,32 @@ def test_a_share_of_the_score_decides_how_many_are_kept(share, least, keep, kept
     assert int(selection.lengths[0]) == kept
     indices = np.asarray(selection.indices[0, :kept])
     assert {0, 1, *range(14, 20)} <= set(indices.tolist())
+
+
+@_reproducible
+@given(
+    st.lists(
+        st.lists(
+            st.sampled_from([-math.inf, math.inf, 0.0, 1e-45, -1e-45, 1.0, 2.0, -1.0, 3.4e38]) | st.floats(width=32),
+            min_size=_WIDTH,
+            max_size=_WIDTH,
+        ),
+        min_size=2,
+        max_size=2,
+    ),
+    st.lists(st.integers(0, 16), min_size=2, max_size=2),
+)
+def test_bisection_keeps_what_sorting_keeps(scores, kept):
+    ranked = np.nan_to_num(np.array(scores, np.float32), posinf=np.inf, neginf=-np.inf) + 0.0
+    kept = np.array(kept, np.int32)
+    np.testing.assert_array_equal(_by_bisection(ranked, kept), _by_sorting(ranked, kept))
+
+
+def test_bisection_at_length():
+    ranked = np.random.default_rng(0).normal(size=(2, 131_072)).astype(np.float32).round(2)  # many ties
+    kept = np.array([1024, 777], np.int32)
+    found = jax.jit(best_by_bisection, static_argnames="width")(ranked, kept, width=1024)
+    for row, count in enumerate(kept):
+        want = np.sort(np.argsort(-ranked[row], kind="stable")[:count])
+        np.testing.assert_array_equal(found[row, :count], want)
+        assert (np.asarray(found[row, count:]) == 131_072).all()

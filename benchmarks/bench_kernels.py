@@ -1,0 +1,263 @@
+"""Checks and times what the kernels do: selection scores, attention to prompts, the best k in order.
+
+  python benchmarks/bench_kernels.py RESULT.json --lengths=8192,32768,131072
+
+Needs jax, einops and absl-py alone, no network, and no model but the one that --model names. Every implementation is
+first compared with float64 NumPy on small random inputs. Times are medians; scores are told as a share of this device's
+own copies, attention as a share of its own matrix products. What an implementation does not serve is in the result with
+the reason.
+"""
+
+import argparse
+import functools
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemfilter_jax import attention, scoring, selection
+from gemfilter_jax.errors import UserError
+
+_WINDOW = 32
+_LARGEST_ERROR = {"float32": 1e-4, "bfloat16": 2e-2}
+_BAND, _FIRST = 512, 64
+
+
+def _scoring() -> tuple[str, ...]:
+    return ("xla",) if jax.default_backend() == "cpu" else ("xla", "pallas")
+
+
+def _seconds(call: Callable[..., Any], *arguments: Any, repeats: int) -> float:
+    jax.block_until_ready(call(*arguments))
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        jax.block_until_ready(call(*arguments))
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def _random(shape: Sequence[int], dtype: str, seed: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), tuple(shape), jnp.float32).astype(dtype)
+
+
+def _score(implementation: str, normalisation: str) -> Callable[..., jax.Array]:
+    door = functools.partial(scoring.score_keys, implementation=implementation, normalisation=normalisation)
+    return jax.jit(lambda q, rows, k, weights: door(q, rows, k, head_weights=weights))
+
+
+def _attend(implementation: str, tri_shape: bool) -> Callable[..., jax.Array]:
+    def call(q, k, v, lengths, tails):
+        pattern = attention.TriShape(tails, first=_FIRST, band=_BAND, room=_WINDOW) if tri_shape else None
+        return attention.causal(q, k, v, lengths=lengths, pattern=pattern, implementation=implementation)
+
+    return jax.jit(call)
+
+
+def _qkv(length: int, shape: Sequence[int], dtype: str, rows: int | None = None) -> tuple[jax.Array, ...]:
+    heads, groups, width = shape
+    sizes = ((rows or length, heads), (length, groups), (length, groups))
+    return tuple(_random((1, *size, width), dtype, seed) for seed, size in enumerate(sizes))
+
+
+def _expected_scores(q: np.ndarray, rows: np.ndarray, k: np.ndarray, normalisation: str) -> np.ndarray:
+    keys = np.repeat(k, q.shape[1] // k.shape[1], axis=1)
+    logits = np.einsum("whe,she->hws", q, keys) / q.shape[-1] ** 0.5
+    logits = np.where(rows[:, None] >= np.arange(len(k)), logits, -np.inf)
+    reference = logits[..., :1] if normalisation == "sink" else np.logaddexp.reduce(logits, axis=-1)[..., None]
+    return np.exp(logits - reference).sum(axis=(0, 1))
+
+
+def _expected_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, tail: int | None) -> np.ndarray:
+    repeats, length = q.shape[1] // k.shape[1], len(q)
+    logits = np.einsum("the,she->hts", q, np.repeat(k, repeats, axis=1)) / q.shape[-1] ** 0.5
+    row, column = np.arange(length)[:, None], np.arange(length)
+    seen = row >= column
+    if tail is not None:
+        seen &= (row - column < _BAND) | (column < _FIRST) | (row >= length - tail)
+    logits = np.where(seen, logits, -np.inf)
+    shares = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return np.einsum("hts,she->the", shares / shares.sum(axis=-1, keepdims=True), np.repeat(v, repeats, axis=1))
+
+
+def _tried(measure: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """What a measurement returns, or why there is none."""
+    try:
+        return measure(*arguments)
+    except (NotImplementedError, UserError) as error:
+        return {"refused": str(error).splitlines()[0]}
+    except Exception as error:  # a kernel that the compiler rejects must not end the others' measurements
+        return {"failed": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"}
+
+
+def _checked(call: Callable[..., jax.Array], arguments: Sequence[jax.Array], want: np.ndarray) -> dict[str, Any]:
+    dtype = str(arguments[0].dtype)
+    error = float(np.abs(np.asarray(call(*arguments)[0], np.float64) - want).max() / np.abs(want).max())
+    return {"error": error, "right": error <= _LARGEST_ERROR[dtype]}
+
+
+def _checks(shape: Sequence[int], dtype: str) -> list[dict[str, Any]]:
+    length, tails, found = 1_500, jnp.asarray([_WINDOW], jnp.int32), []
+    q, k, v = _qkv(length, shape, dtype)
+    exact = [np.asarray(one[0], np.float64) for one in (q, k, v)]
+    rows = np.arange(length - _WINDOW, length)
+    for name in _scoring():
+        for normalisation in ("softmax", "sink"):
+            arguments = (q[:, -_WINDOW:], jnp.asarray(rows[None]), k, jnp.ones(shape[0]))
+            want = _expected_scores(exact[0][-_WINDOW:], rows, exact[1], normalisation)
+            outcome = _tried(_checked, _score(name, normalisation), arguments, want)
+            found.append({"of": f"scores, {normalisation}", "implementation": name, **outcome})
+    for name in attention.IMPLEMENTATIONS:
+        for tri_shape in (False, True):
+            want = _expected_attention(*exact, _WINDOW if tri_shape else None)
+            arguments = (q, k, v, jnp.asarray([length], jnp.int32), tails)
+            outcome = _tried(_checked, _attend(name, tri_shape), arguments, want)
+            of = f"attention, {'tri_shape' if tri_shape else 'dense'}"
+            found.append({"of": of, "implementation": name, **outcome})
+    return found
+
+
+def _device_speeds(dtype: str, repeats: int) -> dict[str, float]:
+    on_cpu = jax.default_backend() == "cpu"
+    size = 2**26 if on_cpu else 2**30
+    copied = _seconds(jax.jit(lambda x: x + 1), jnp.zeros(size // 4, jnp.float32), repeats=repeats)
+    side = 2048 if on_cpu else 8192
+    square = _random((side, side), dtype, 0)
+    multiplied = _seconds(jax.jit(lambda x: x @ x), square, repeats=repeats)
+    return {"copy_bytes_per_second": 2 * size / copied, "product_flops_per_second": 2 * side**3 / multiplied}
+
+
+def _times_of_scores(length: int, shape: Sequence[int], dtype: str, speeds: dict[str, float], repeats: int):
+    q, k, _ = _qkv(length, shape, dtype, rows=_WINDOW)
+    rows = jnp.arange(length - _WINDOW, length)[None]
+    read = 2 * k.nbytes  # the keys once for the reference and once for the masses
+
+    def measure(name: str) -> dict[str, Any]:
+        seconds = _seconds(_score(name, "softmax"), q, rows, k, jnp.ones(shape[0]), repeats=repeats)
+        return {"ms": seconds * 1e3, "share_of_copy": read / seconds / speeds["copy_bytes_per_second"]}
+
+    return [{"tokens": length, "implementation": name, **_tried(measure, name)} for name in _scoring()]
+
+
+def _times_of_attention(
+    length: int, shape: Sequence[int], dtype: str, speeds: dict[str, float], repeats: int, longest_dense: int
+):
+    q, k, v = _qkv(length, shape, dtype)
+    lengths, tails = jnp.asarray([length], jnp.int32), jnp.asarray([_WINDOW], jnp.int32)
+    heads, _, width = shape
+    seen = {False: length * (length + 1) // 2, True: length * (_BAND + _FIRST) + _WINDOW * length}
+
+    def measure(name: str, tri_shape: bool) -> dict[str, Any]:
+        seconds = _seconds(_attend(name, tri_shape), q, k, v, lengths, tails, repeats=repeats)
+        flops = 4 * heads * width * seen[tri_shape] / seconds
+        return {"ms": seconds * 1e3, "share_of_product": flops / speeds["product_flops_per_second"]}
+
+    return [
+        {"tokens": length, "of": form, "implementation": name, **_tried(measure, name, form == "tri_shape")}
+        for name in attention.IMPLEMENTATIONS
+        for form in ("dense", "tri_shape")
+        if form == "tri_shape" or length <= longest_dense
+    ]
+
+
+def _times_of_best(length: int, keep: int, repeats: int) -> dict[str, Any]:
+    ranked, kept = _random((1, length), "float32", 0), jnp.asarray([keep], jnp.int32)
+    ways = {"sorting": selection.best_by_sorting, "bisection": selection.best_by_bisection}
+    ms = {
+        name: _seconds(jax.jit(functools.partial(way, width=keep)), ranked, kept, repeats=repeats) * 1e3
+        for name, way in ways.items()
+    }
+    return {"tokens": length, "keep": keep, "ms": ms}
+
+
+def _share_of_filter_pass(source: str, length: int, repeats: int) -> dict[str, Any]:
+    """Scoring alone, beside the whole pass of a model's preset that it ends."""
+    import gemfilter_jax
+    from gemfilter_jax import passes, two_stage
+
+    model = gemfilter_jax.load(source)
+    decoder, method = model.checkpoint.model, model.method()
+    config, tails = decoder.config, np.asarray([method.window], np.int32)
+
+    def filter_pass(decoder, ids, lengths, tails, layer, weights, pattern):
+        return two_stage.score_prompt(
+            decoder, ids, lengths, tails, layer, weights, window=method.window, normalisation="softmax", pattern=pattern
+        )
+
+    whole = _seconds(
+        filter_pass,
+        passes.filtering(decoder, method),
+        jax.random.randint(jax.random.key(0), (1, length), 0, config.vocab),
+        jnp.asarray([length], jnp.int32),
+        jnp.asarray(tails),
+        jnp.int32(method.filter_layer),
+        passes.head_weights(decoder, method),
+        passes.pattern(method, length, tails),
+        repeats=repeats,
+    )
+    q, k, _ = _qkv(length, (config.heads, config.kv_heads, config.head_width), str(decoder.dtype), rows=method.window)
+    rows = jnp.arange(length - method.window, length)[None]
+    alone = _seconds(_score("xla", "softmax"), q, rows, k, jnp.ones(config.heads), repeats=repeats)
+    return {
+        "model": source,
+        "tokens": length,
+        "filter_pass_ms": whole * 1e3,
+        "scores_ms": alone * 1e3,
+        "share": alone / whole,
+    }
+
+
+def _main(arguments: argparse.Namespace) -> int:
+    shape, dtype, repeats = arguments.shape, arguments.dtype, arguments.repeats
+    result: dict[str, Any] = {
+        "command": f"python benchmarks/bench_kernels.py {' '.join(sys.argv[1:])}",
+        "environment": {
+            "device": jax.devices()[0].device_kind,
+            "backend": jax.default_backend(),
+            "python": platform.python_version(),
+            "jax": jax.__version__,
+        },
+        "shape": dict(zip(("heads", "kv_heads", "width"), shape, strict=True)) | {"rows": _WINDOW, "dtype": dtype},
+        "checks": _checks(shape, dtype),
+    }
+    speeds = result["device"] = _device_speeds(dtype, repeats)
+    if arguments.model:
+        result["filter_pass"] = _share_of_filter_pass(arguments.model, 8192, repeats)
+    result |= {"scores": [], "attention": [], "best_in_order": []}
+    for length in arguments.lengths:
+        print(f"{length:,} tokens", flush=True)
+        result["scores"] += _times_of_scores(length, shape, dtype, speeds, repeats)
+        if length <= arguments.longest_attention:
+            result["attention"] += _times_of_attention(length, shape, dtype, speeds, repeats, arguments.longest_dense)
+        result["best_in_order"].append(_times_of_best(length, min(1024, length), repeats))
+        with open(arguments.output, "w", encoding="utf-8") as file:
+            json.dump(result, file, indent=1)
+    wrong = [check for check in result["checks"] if check.get("right") is False or "failed" in check]
+    for check in wrong:
+        print(f"WRONG: {check}", file=sys.stderr)
+    print(f"{len(result['checks']) - len(wrong)} of {len(result['checks'])} checks are right or refused with a reason")
+    return bool(wrong)
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", help="the result, JSON")
+    parser.add_argument("--lengths", type=_numbers, default="8192,32768,131072", help="tokens, comma-separated")
+    parser.add_argument("--shape", type=_numbers, default="32,8,128", help="heads, key heads, width")
+    parser.add_argument("--dtype", choices=list(_LARGEST_ERROR), default="bfloat16")
+    parser.add_argument("--model", help="tell what share of this model's filter pass its scores take, at 8,192 tokens")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--longest_attention", type=int, default=131_072, help="no attention beyond so many tokens")
+    parser.add_argument("--longest_dense", type=int, default=131_072, help="no dense attention beyond so many tokens")
+    sys.exit(_main(parser.parse_args()))
