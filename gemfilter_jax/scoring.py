@@ -3,6 +3,7 @@
 Axes: B batch, S prompt tokens, W observation rows, H query heads, G key/value heads, E head width.
 """
 
+from types import ModuleType
 from typing import Literal
 
 import jax
@@ -41,8 +42,9 @@ def score_keys(
         "sink": exp(logit - logit of key 0), comparable between segments that share their first tokens, where each
         segment's own softmax is not.
       window: how many keys a row sees, its own included, may be traced; None for all before it. Not for "none".
-      implementation: "pallas" is for TPU. None takes it where this process has one TPU device or the call stands in a
-        `shard_map`, because XLA cannot partition a kernel, and "xla" elsewhere and for what the kernel cannot serve.
+      implementation: "pallas" is this platform's kernel: for TPU, or for NVIDIA Hopper on a GPU. None takes it where
+        this process has one TPU device or the call stands in a `shard_map` on TPU, because XLA cannot partition a
+        kernel, and "xla" elsewhere and for what the kernel cannot serve: the GPU kernel is not yet measured on one.
 
     Returns:
       float32 [B, S], or [B, N, S] for N weightings. Keys of padding score too under "none": mask them by length.
@@ -60,10 +62,8 @@ def score_keys(
             return jnp.einsum("b...ge,bsge->b...s", summed, k, precision="highest", preferred_element_type=jnp.float32)
         from_sink = normalisation == "sink"
         if implementation == "pallas" or (implementation is None and _may_run_kernels()):
-            from gemfilter_jax.pallas_kernels import tpu  # Pallas takes a quarter of a second to import
-
             try:
-                return tpu.masses(
+                return _kernels().masses(
                     q, rows, k, weighted, from_sink=from_sink, window=window, largest_exponent=_LARGEST_EXPONENT
                 )
             except NotImplementedError:
@@ -109,6 +109,17 @@ def score_keys_by_all_rows(
 
     nothing = jnp.zeros((len(q), *head_weights.shape[:-1], length), jnp.float32)
     return jax.lax.fori_loop(0, (jnp.max(lengths) + block - 1) // block, add, nothing)
+
+
+def _kernels() -> ModuleType:
+    """Those of this platform. Pallas takes a quarter of a second to import."""
+    if jax.default_backend() == "gpu":
+        from gemfilter_jax.pallas_kernels import gpu
+
+        return gpu
+    from gemfilter_jax.pallas_kernels import tpu
+
+    return tpu
 
 
 def _may_run_kernels() -> bool:

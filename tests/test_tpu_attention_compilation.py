@@ -5,7 +5,8 @@ import functools
 import jax
 import pytest
 import tpu_compiler
-from tpu_compiler import HEADS, LENGTH, TOPOLOGIES
+from real_shapes import HEADS, LENGTH
+from tpu_compiler import TOPOLOGIES
 
 from gemfilter_jax.attention import TriShape, splash
 

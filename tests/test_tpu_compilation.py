@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 import tpu_compiler
-from tpu_compiler import HEADS, LENGTH, TOPOLOGIES
+from real_shapes import HEADS, LENGTH, ROWS
+from tpu_compiler import TOPOLOGIES
 
 from gemfilter_jax.scoring import score_keys, score_keys_by_all_rows
-
-_ROWS = 32
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
@@ -19,7 +18,7 @@ _ROWS = 32
 def test_scores_need_next_to_no_memory(model, normalisation, topology):
     """No copy of the keys, and a 1,000th of a float32 [H, W, S] array."""
     program = tpu_compiler.compiled(__file__, topology)[f"{model} {normalisation}"]
-    assert program["temporaries"] < HEADS[model][0] * _ROWS * LENGTH * 4 / 1000
+    assert program["temporaries"] < HEADS[model][0] * ROWS * LENGTH * 4 / 1000
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
@@ -29,7 +28,7 @@ def test_variants_compile(variant, topology):
 
 
 def _programs() -> tpu_compiler.Programs:
-    def arguments(heads, groups, width, rows=_ROWS, length=LENGTH, dtype=jnp.bfloat16, weightings=()):
+    def arguments(heads, groups, width, rows=ROWS, length=LENGTH, dtype=jnp.bfloat16, weightings=()):
         """Of q, rows (or lengths), keys [B, G, E, S] and head weights."""
         q, k = (1, rows, heads, width), (1, groups, width, length)
         shapes = (q, dtype), ((1, rows), jnp.int32), (k, dtype), ((*weightings, heads), jnp.float32)

@@ -14,13 +14,6 @@ import pytest
 from jax.experimental import topologies
 
 TOPOLOGIES = {"v5e:2x2": "v5litepod-4", "v6e:2x2": "v6e-4"}
-LENGTH = 131072
-HEADS = {  # query heads, key heads, head width
-    "Llama-3.1-8B, Mistral-Nemo-12B": (32, 8, 128),
-    "Phi-3.5-mini": (32, 32, 96),
-    "Qwen2.5-7B": (28, 4, 128),
-    "SmolLM2-135M": (9, 3, 64),
-}
 _LIBTPU = pathlib.Path(sys.prefix, "libtpu")  # where `make test` puts it, out of sight of every other process
 _NO_LIBTPU = "gemfilter tests: no libtpu"
 
