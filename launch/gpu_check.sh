@@ -39,4 +39,4 @@ if jax.default_backend() != "gpu":
 CHECK
 
 exec timeout 480 "$python" benchmarks/bench_kernels.py "$result" --lengths=8192,32768,131072,1048576 \
-    --longest_attention=131072
+    --longest_attention=131072 --repeats=5
