@@ -212,12 +212,12 @@ def _chosen(
         kernel=method.kernel,
         chunks=chunks if method.chunk > 1 else None,
     )
+    indices, counts, ranked = jax.device_get((kept.indices, kept.lengths, kept.ranked))
     chosen = []
     for row, (prompt, rows) in enumerate(zip(prompts, candidates, strict=True)):
-        count = int(kept.lengths[row])
-        best = rows[np.asarray(kept.indices[row, :count])]
+        best = rows[indices[row, : counts[row]]]
         last = keep is None and method.order == "best_last"
-        chosen.append(_best_last(prompt, best, np.asarray(kept.ranked[row, :count])) if last else best)
+        chosen.append(_best_last(prompt, best, ranked[row, : counts[row]]) if last else best)
     return chosen
 
 
