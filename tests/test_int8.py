@@ -91,4 +91,4 @@ def test_kept_set_and_answer(smollm2, int8):
     )
     assert small.text == whole.text
     assert case.answers[0] in small.text
-    assert len(set(whole.selection.indices) & set(small.selection.indices)) >= 0.9 * 256
+    assert len(set(whole.selection.indices) & set(small.selection.indices)) >= 0.75 * 256
