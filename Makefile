@@ -32,7 +32,7 @@ demo: $(READY)
 LIBTPU := $(VENV)/libtpu
 $(LIBTPU): $(READY)
 	@echo "Fetching the compiler of the TPU tests, about 200 MB"
-	@rm -rf $@.part
+	@rm -rf $@ $@.part
 	@$(BIN)/python -m pip install --progress-bar=on --no-deps --target $@.part "$$($(BIN)/python -c 'import importlib.metadata as m; print(next(r.split(";")[0] for r in m.requires("jax") if r.startswith("libtpu")))')" \
 		&& mv $@.part $@ || echo "libtpu does not install here: programs are not compiled for TPU"
 

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemfilter_jax import attention, scoring, selection
+from gemfilter_jax import attention, files, scoring, selection
 from gemfilter_jax.errors import UserError
 
 _WINDOW = 32
@@ -215,9 +215,13 @@ def _share_of_filter_pass(source: str, length: int, repeats: int) -> dict[str, A
 
 
 def _main(arguments: argparse.Namespace) -> int:
+    try:
+        files.check_writable(arguments.output, "output")
+    except UserError as error:
+        sys.exit(str(error))
     shape, dtype, repeats = arguments.shape, arguments.dtype, arguments.repeats
     result: dict[str, Any] = {
-        "command": f"python benchmarks/bench_kernels.py {' '.join(sys.argv[1:])}",
+        "command": f"python benchmarks/bench_kernels.py RESULT.json {' '.join(sys.argv[2:])}",
         "environment": {
             "device": jax.devices()[0].device_kind,
             "backend": jax.default_backend(),
@@ -237,8 +241,7 @@ def _main(arguments: argparse.Namespace) -> int:
         if length <= arguments.longest_attention:
             result["attention"] += _times_of_attention(length, shape, dtype, speeds, repeats, arguments.longest_dense)
         result["best_in_order"].append(_times_of_best(length, min(1024, length), repeats))
-        with open(arguments.output, "w", encoding="utf-8") as file:
-            json.dump(result, file, indent=1)
+        files.write_whole(arguments.output, json.dumps(result, indent=1) + "\n")
     wrong = [check for check in result["checks"] if check.get("right") is False or "failed" in check]
     for check in wrong:
         print(f"WRONG: {check}", file=sys.stderr)

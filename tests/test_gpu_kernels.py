@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from float64_scores import inputs, reference
 from jax.experimental import topologies
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from real_shapes import HEADS, LENGTH, ROWS
@@ -37,29 +38,11 @@ def _masses(*args, from_sink: bool, window: int | None = None) -> jax.Array:
 _jitted = jax.jit(_masses, static_argnames="from_sink")
 
 
-def _reference(q, rows, k, weights, *, from_sink: bool, window: int | None) -> np.ndarray:
-    """One prompt: q [W, H, E], rows [W], k [S, G, E] -> [S], or [N, S] for weights [N, H]."""
-    q, k, rows = q.astype(np.float64)[rows >= 0], k.astype(np.float64), rows[rows >= 0]
-    logits = np.einsum("whe,she->hws", q, np.repeat(k, q.shape[1] // k.shape[1], axis=1)) / np.sqrt(q.shape[-1])
-    distance = rows[:, None] - np.arange(len(k))
-    masses = np.where((distance >= 0) & (distance < (window or np.inf)), np.exp(logits), 0.0)
-    masses /= np.exp(logits[..., :1]) if from_sink else masses.sum(axis=-1, keepdims=True)
-    return np.einsum("hws,...h->...s", masses, weights)
-
-
-def _inputs(lengths: tuple[int, ...], observed: int, heads: int, groups: int, width: int = 16, dtype=jnp.bfloat16):
-    rng = np.random.default_rng(0)
-    q = rng.normal(size=(len(lengths), observed, heads, width)).astype(dtype)
-    k = rng.normal(size=(len(lengths), max(lengths), groups, width)).astype(dtype)
-    rows = np.asarray(lengths)[:, None] - observed + np.arange(observed)
-    return q, rows, k, rng.uniform(size=heads).astype(np.float32)
-
-
 def _assert_interpreted_equals_reference(q, rows, k, weights, *, from_sink: bool, window: int | None = None):
     with plgpu.force_gpu_interpret_mode():
         scores = np.asarray(_jitted(q, rows, k, weights, from_sink=from_sink, window=window))
     for row, got in enumerate(scores):
-        want = _reference(q[row], rows[row], k[row], weights, from_sink=from_sink, window=window)
+        want = reference(q[row], rows[row], k[row], weights, "sink" if from_sink else "softmax", window)
         assert got.shape == want.shape
         assert np.abs(got - want).max() / np.abs(want).max() < 1e-5
 
@@ -81,13 +64,13 @@ def _assert_interpreted_equals_reference(q, rows, k, weights, *, from_sink: bool
     ],
 )
 def test_interpreted_scores_equal_the_reference(lengths, observed, heads, groups, window, options, from_sink):
-    inputs = _inputs(lengths, observed, heads, groups, **options)
-    _assert_interpreted_equals_reference(*inputs, from_sink=from_sink, window=window)
+    given = inputs(lengths, observed, heads, groups, **{"dtype": jnp.bfloat16} | options)
+    _assert_interpreted_equals_reference(*given, from_sink=from_sink, window=window)
 
 
 @_interpreted
 def test_weightings_give_the_scores_of_each_head_and_each_key_head():
-    q, rows, k, _ = _inputs((90,), 30, 6, 2)
+    q, rows, k, _ = inputs((90,), 30, 6, 2, dtype=jnp.bfloat16)
     weights = np.concatenate([np.eye(6), np.repeat(np.eye(2), 3, axis=1)])
     _assert_interpreted_equals_reference(q, rows, k, weights, from_sink=False)
 
@@ -96,7 +79,9 @@ def test_weightings_give_the_scores_of_each_head_and_each_key_head():
 def test_spans_of_several_blocks_that_do_not_divide_the_keys(monkeypatch):
     monkeypatch.setattr(gpu, "_THREAD_BLOCKS", 4)  # 2 key heads of 5 blocks: spans of 2, 2 and 1
     for from_sink in (False, True):
-        _assert_interpreted_equals_reference(*_inputs((290,), 5, 4, 2, width=32), from_sink=from_sink)
+        _assert_interpreted_equals_reference(
+            *inputs((290,), 5, 4, 2, width=32, dtype=jnp.bfloat16), from_sink=from_sink
+        )
 
 
 @pytest.mark.parametrize("from_sink", [False, True], ids=["softmax", "sink"])
@@ -158,17 +143,17 @@ def _shapes(heads: int, keys, *, rows=ROWS, dtype=jnp.bfloat16, weightings=(), s
 
 
 @pytest.mark.parametrize(
-    ("inputs", "message"),
+    ("change", "message"),
     [
         ({"dtype": np.float32}, "queries float32 and keys float32; both must be bfloat16 or both float16"),
         ({"width": 24}, "heads of 24; their width must be a multiple of 16"),
-        ({"observed": 600, "width": 128}, "1216 rows a key head and 1 weightings leave no room in shared memory"),
+        ({"window": 600, "width": 128}, "1216 rows a key head and 1 weightings leave no room in shared memory"),
     ],
 )
-def test_what_the_kernels_cannot_serve_is_refused_with_the_reason(inputs, message):
-    shape = {"lengths": (600,), "observed": 4, "heads": 4, "groups": 2} | inputs
+def test_what_the_kernels_cannot_serve_is_refused_with_the_reason(change, message):
+    shape = {"lengths": (600,), "window": 4, "heads": 4, "groups": 2, "dtype": jnp.bfloat16} | change
     with pytest.raises(NotImplementedError, match=message):
-        _masses(*_inputs(**shape), from_sink=False)
+        _masses(*inputs(**shape), from_sink=False)
 
 
 def test_other_gpus_than_hopper_are_refused(monkeypatch):
@@ -176,14 +161,14 @@ def test_other_gpus_than_hopper_are_refused(monkeypatch):
     for capability in ("8.0", "10.0", "gfx942"):
         monkeypatch.setattr(jax, "devices", lambda of=capability: [SimpleNamespace(compute_capability=of)])
         with pytest.raises(NotImplementedError, match=f"compute capability {re.escape(capability)}"):
-            _masses(*_inputs((40,), 4, 4, 2), from_sink=False)
+            _masses(*inputs((40,), 4, 4, 2, dtype=jnp.bfloat16), from_sink=False)
 
 
 def test_the_door_takes_xla_on_gpus_unless_the_kernel_is_asked_for(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    q, rows, k, weights = _inputs((40,), 4, 4, 2, dtype=np.float32)
+    q, rows, k, weights = inputs((40,), 4, 4, 2)
     scores = score_keys(q, rows, k, head_weights=weights, normalisation="softmax")
-    want = _reference(q[0], rows[0], k[0], weights, from_sink=False, window=None)
+    want = reference(q[0], rows[0], k[0], weights, "softmax")
     np.testing.assert_allclose(scores[0], want, rtol=1e-4)
     with pytest.raises(NotImplementedError, match="both must be bfloat16 or both float16"):
         score_keys(q, rows, k, head_weights=weights, normalisation="softmax", implementation="pallas")

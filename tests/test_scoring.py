@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from float64_scores import inputs, reference
 from jax.experimental.pallas import tpu as pltpu
 
 from gemfilter_jax.scoring import score_keys, score_keys_by_all_rows
@@ -25,36 +26,6 @@ def _score_by_all_rows(*args, **options):
 def _simulated(implementation: str) -> contextlib.AbstractContextManager:
     """TPU kernels run on a simulated TPU, whose fresh memory holds NaN."""
     return pltpu.force_tpu_interpret_mode() if implementation == "pallas" else contextlib.nullcontext()
-
-
-def _reference(
-    q: np.ndarray, rows: np.ndarray, k: np.ndarray, weights: np.ndarray, normalisation: str, window: int | None = None
-) -> np.ndarray:
-    """One prompt: q [W, H, E], rows [W], k [S, G, E] -> [S], or [N, S] for weights [N, H]."""
-    q, k = q.astype(np.float64)[rows >= 0], k.astype(np.float64)
-    rows = rows[rows >= 0]
-    products = np.einsum("whe,she->hws", q, np.repeat(k, q.shape[1] // k.shape[1], axis=1))
-    if normalisation == "none":
-        return np.einsum("hws,...h->...s", products, weights)
-    products /= np.sqrt(q.shape[-1])
-    distance = rows[:, None] - np.arange(len(k))
-    logits = np.where((distance >= 0) & (distance < (window or np.inf)), products, -np.inf)
-    if normalisation == "softmax":
-        masses = np.exp(logits - logits.max(axis=-1, keepdims=True))
-        masses /= masses.sum(axis=-1, keepdims=True)
-    else:
-        masses = np.exp(logits - products[..., :1])
-    return np.einsum("hws,...h->...s", masses, weights)
-
-
-def _inputs(lengths: tuple[int, ...], window: int, heads: int, groups: int, width: int = 16, dtype=np.float32):
-    rng = np.random.default_rng(0)
-    q = rng.normal(size=(len(lengths), window, heads, width)).astype(dtype)
-    k = rng.normal(size=(len(lengths), max(lengths), groups, width)).astype(dtype)
-    rows = np.asarray(lengths)[:, None] - window + np.arange(window)
-    weights = rng.uniform(size=heads).astype(np.float32)
-    weights[0] = 0.0
-    return q, rows, k, weights
 
 
 def _assert_close(scores: jax.Array, want: np.ndarray, error: float):
@@ -78,35 +49,35 @@ def _assert_close(scores: jax.Array, want: np.ndarray, error: float):
     ],
 )
 def test_scores_equal_the_reference(lengths, observed, heads, groups, window, options, implementation, normalisation):
-    q, rows, k, weights = _inputs(lengths, observed, heads, groups, **options)
+    q, rows, k, weights = inputs(lengths, observed, heads, groups, **options)
     with _simulated(implementation):
         scores = _score(
             q, rows, k, head_weights=weights, normalisation=normalisation, window=window, implementation=implementation
         )
         scores.block_until_ready()
     for row in range(len(lengths)):
-        want = _reference(q[row], rows[row], k[row], weights, normalisation, window)
+        want = reference(q[row], rows[row], k[row], weights, normalisation, window)
         _assert_close(scores[row], want, 1e-2 if k.dtype == jnp.bfloat16 else 1e-5)
 
 
 @pytest.mark.parametrize("implementation", _IMPLEMENTATIONS)
 @pytest.mark.parametrize("normalisation", _NORMALISATIONS)
 def test_weightings_give_the_scores_of_each_head_and_each_key_head(normalisation, implementation):
-    q, rows, k, _ = _inputs((60,), 8, 6, 2)
+    q, rows, k, _ = inputs((60,), 8, 6, 2)
     weights = np.concatenate([np.eye(6), np.repeat(np.eye(2), 3, axis=1)])
     with _simulated(implementation):
         scores = _score(
             q, rows, k, head_weights=weights, normalisation=normalisation, implementation=implementation
         ).block_until_ready()
     assert scores.shape == (1, 8, 60)
-    for weighting, want in zip(scores[0], _reference(q[0], rows[0], k[0], weights, normalisation), strict=True):
+    for weighting, want in zip(scores[0], reference(q[0], rows[0], k[0], weights, normalisation), strict=True):
         _assert_close(weighting, want, 1e-5)
 
 
 @pytest.mark.parametrize("implementation", _IMPLEMENTATIONS)
 @pytest.mark.parametrize("normalisation", _NORMALISATIONS)
 def test_large_logits_stay_finite(normalisation, implementation):
-    q, rows, k, weights = _inputs((1100, 20), 32, 4, 2)
+    q, rows, k, weights = inputs((1100, 20), 32, 4, 2)
     with _simulated(implementation):
         scores = np.asarray(
             _score(
@@ -125,7 +96,7 @@ def test_large_logits_stay_finite(normalisation, implementation):
 )
 def test_all_rows_in_blocks_equal_all_rows_at_once(normalisation, window, implementation):
     lengths = (150, 70)
-    q, _, k, weights = _inputs(lengths, max(lengths), 4, 2)
+    q, _, k, weights = inputs(lengths, max(lengths), 4, 2)
     with _simulated(implementation):
         scores = _score_by_all_rows(
             q,
@@ -138,11 +109,11 @@ def test_all_rows_in_blocks_equal_all_rows_at_once(normalisation, window, implem
         ).block_until_ready()
     for row, length in enumerate(lengths):
         rows = np.where(np.arange(max(lengths)) < length, np.arange(max(lengths)), -1)
-        _assert_close(scores[row], _reference(q[row], rows, k[row], weights, normalisation, window), 1e-5)
+        _assert_close(scores[row], reference(q[row], rows, k[row], weights, normalisation, window), 1e-5)
 
 
 def test_what_the_kernel_cannot_serve_is_refused_with_the_reason():
-    q, rows, k, weights = _inputs((2000,), 2000, 32, 8)
+    q, rows, k, weights = inputs((2000,), 2000, 32, 8)
     with pytest.raises(NotImplementedError, match="64000 rows and 8 x 16 keys leave no room in VMEM"):
         _score(q, rows, k, head_weights=weights, normalisation="softmax", implementation="pallas")
     with pytest.raises(NotImplementedError, match="queries float32 and keys float16"):
@@ -151,14 +122,14 @@ def test_what_the_kernel_cannot_serve_is_refused_with_the_reason():
 
 def test_the_door_takes_xla_for_what_the_kernel_cannot_serve(monkeypatch):
     monkeypatch.setattr("gemfilter_jax.scoring._may_run_kernels", lambda: True)
-    q, rows, k, weights = _inputs((40,), 4, 4, 2)
+    q, rows, k, weights = inputs((40,), 4, 4, 2)
     scores = score_keys(q, rows, k.astype(np.float16), head_weights=weights, normalisation="softmax")
-    _assert_close(scores[0], _reference(q[0], rows[0], k[0].astype(np.float16), weights, "softmax"), 1e-5)
+    _assert_close(scores[0], reference(q[0], rows[0], k[0].astype(np.float16), weights, "softmax"), 1e-5)
 
 
 def test_sink_scores_do_not_depend_on_the_segment():
     """A key scores the same in a segment of its own as in the whole prompt, if both begin with the same key."""
-    q, rows, k, weights = _inputs((90,), 4, 4, 2)
+    q, rows, k, weights = inputs((90,), 4, 4, 2)
     whole = np.asarray(_score(q, rows, k, head_weights=weights, normalisation="sink"))
     kept = [0, *range(50, 90)]
     part = np.asarray(_score(q, rows - 49, k[:, kept], head_weights=weights, normalisation="sink"))

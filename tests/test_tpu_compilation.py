@@ -16,9 +16,9 @@ from gemfilter_jax.scoring import score_keys, score_keys_by_all_rows
 @pytest.mark.parametrize("normalisation", ["softmax", "sink"])
 @pytest.mark.parametrize("model", HEADS)
 def test_scores_need_next_to_no_memory(model, normalisation, topology):
-    """No copy of the keys, and a 500th of a float32 [H, W, S] array."""
+    """No copy of the keys, and a 1000th of a float32 [H, W, S] array, or 200 kB where that is less."""
     program = tpu_compiler.compiled(__file__, topology)[f"{model} {normalisation}"]
-    assert program["temporaries"] < HEADS[model][0] * ROWS * LENGTH * 4 / 500
+    assert program["temporaries"] < max(HEADS[model][0] * ROWS * LENGTH * 4 / 1000, 200e3)
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)

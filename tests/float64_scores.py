@@ -1,0 +1,34 @@
+"""Selection scores in float64 NumPy, through the [H, W, S] array that the package never makes, and inputs for them."""
+
+import numpy as np
+
+
+def reference(
+    q: np.ndarray, rows: np.ndarray, k: np.ndarray, weights: np.ndarray, normalisation: str, window: int | None = None
+) -> np.ndarray:
+    """One prompt: q [W, H, E], rows [W], k [S, G, E] -> [S], or [N, S] for weights [N, H]."""
+    q, k = q.astype(np.float64)[rows >= 0], k.astype(np.float64)
+    rows = rows[rows >= 0]
+    products = np.einsum("whe,she->hws", q, np.repeat(k, q.shape[1] // k.shape[1], axis=1))
+    if normalisation == "none":
+        return np.einsum("hws,...h->...s", products, weights)
+    products /= np.sqrt(q.shape[-1])
+    distance = rows[:, None] - np.arange(len(k))
+    logits = np.where((distance >= 0) & (distance < (window or np.inf)), products, -np.inf)
+    if normalisation == "softmax":
+        masses = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        masses /= masses.sum(axis=-1, keepdims=True)
+    else:
+        masses = np.exp(logits - products[..., :1])
+    return np.einsum("hws,...h->...s", masses, weights)
+
+
+def inputs(lengths: tuple[int, ...], window: int, heads: int, groups: int, width: int = 16, dtype=np.float32):
+    """Random q [B, W, H, E] of the last rows [B, W], k [B, S, G, E] and head weights [H], of which one is 0."""
+    rng = np.random.default_rng(0)
+    q = rng.normal(size=(len(lengths), window, heads, width)).astype(dtype)
+    k = rng.normal(size=(len(lengths), max(lengths), groups, width)).astype(dtype)
+    rows = np.asarray(lengths)[:, None] - window + np.arange(window)
+    weights = rng.uniform(size=heads).astype(np.float32)
+    weights[0] = 0.0
+    return q, rows, k, weights
