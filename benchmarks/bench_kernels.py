@@ -53,7 +53,7 @@ def _score(implementation: str, normalisation: str) -> Callable[..., jax.Array]:
     return jax.jit(lambda q, rows, k, weights: door(q, rows, k, head_weights=weights))
 
 
-def _attend(implementation: str, tri_shape: bool) -> Callable[..., jax.Array]:
+def _attend(implementation: str | None, tri_shape: bool) -> Callable[..., jax.Array]:
     def call(q, k, v, lengths, tails):
         pattern = attention.TriShape(tails, first=_FIRST, band=_BAND, room=_WINDOW) if tri_shape else None
         return attention.causal(q, k, v, lengths=lengths, pattern=pattern, implementation=implementation)
@@ -167,6 +167,20 @@ def _times_of_attention(
     ]
 
 
+def _growth_of_tri_shape(
+    lengths: Sequence[int], shape: Sequence[int], dtype: str, repeats: int
+) -> list[dict[str, Any]]:
+    """The platform's own choice; lengths take turns, so that whatever else the machine does meets all of them alike."""
+    call, tails = _attend(None, True), jnp.asarray([_WINDOW], jnp.int32)
+    inputs = {length: (*_qkv(length, shape, dtype), jnp.asarray([length], jnp.int32), tails) for length in lengths}
+    times = [[_seconds(call, *inputs[length], repeats=1) for length in lengths] for _ in range(repeats)]
+    ms = [statistics.median(column) * 1e3 for column in zip(*times, strict=True)]
+    return [
+        {"tokens": length, "ms": of, "times_the_one_before": of / before}
+        for length, of, before in zip(lengths[1:], ms[1:], ms, strict=False)
+    ]
+
+
 def _times_of_best(length: int, keep: int, repeats: int) -> dict[str, Any]:
     ranked, kept = _random((1, length), "float32", 0), jnp.asarray([keep], jnp.int32)
     ways = {"sorting": selection.best_by_sorting, "bisection": selection.best_by_bisection}
@@ -234,11 +248,13 @@ def _main(arguments: argparse.Namespace) -> int:
     speeds = result["device"] = _device_speeds(dtype, repeats)
     if arguments.model:
         result["filter_pass"] = _share_of_filter_pass(arguments.model, 8192, repeats)
+    attended = [length for length in arguments.lengths if length <= arguments.longest_attention]
+    result["growth_of_tri_shape"] = _growth_of_tri_shape(attended, shape, dtype, repeats)
     result |= {"scores": [], "attention": [], "best_in_order": []}
     for length in arguments.lengths:
         print(f"{length:,} tokens", flush=True)
         result["scores"] += _times_of_scores(length, shape, dtype, speeds, repeats)
-        if length <= arguments.longest_attention:
+        if length in attended:
             result["attention"] += _times_of_attention(length, shape, dtype, speeds, repeats, arguments.longest_dense)
         result["best_in_order"].append(_times_of_best(length, min(1024, length), repeats))
         files.write_whole(arguments.output, json.dumps(result, indent=1) + "\n")

@@ -102,32 +102,34 @@ def _banded(
     """First tokens and band of a tri_shape: a block's queries see few keys, whose softmax is made in one go."""
     length, repeats = k.shape[1], q.shape[2] // k.shape[2]
     first = min(pattern.first, length)
-    before = min(-(-(pattern.band - 1) // block), length // block - 1) * block
-    span = before + block
-    k, v = rearrange(k, "b s g e -> b g s e"), rearrange(v, "b s g e -> b g s e")
-    first_k, first_v = k[:, :, :first], v[:, :, :first]
-    k, v = (jnp.pad(x, ((0, 0), (0, 0), (before, 0), (0, 0))) for x in (k, v))
+    span = min(-(-(pattern.band - 1) // block) * block + block, length)
     near = pattern.band if window is None else jnp.minimum(window, pattern.band)
 
     def attend(index, queries):
-        start = index * block
-        keys = jnp.concatenate([first_k, jax.lax.dynamic_slice_in_dim(k, start, span, axis=2)], axis=2)
-        values = jnp.concatenate([first_v, jax.lax.dynamic_slice_in_dim(v, start, span, axis=2)], axis=2)
-        places = jnp.concatenate([jnp.arange(first), start - before + jnp.arange(span)])
-        distance = start + jnp.arange(block)[:, None] - places
-        in_band = (distance >= 0) & (distance < near) & (places >= 0)
+        end = (index + 1) * block
+        start = jnp.maximum(end - span, 0)
+
+        def seen(x):
+            near = jax.lax.dynamic_slice_in_dim(x, start, span, axis=1)
+            return rearrange(jnp.concatenate([x[:, :first], near], axis=1), "b k g e -> b g k e")
+
+        places = jnp.concatenate([jnp.arange(first), start + jnp.arange(span)])
+        distance = end - block + jnp.arange(block)[:, None] - places
+        in_band = (distance >= 0) & (distance < near)
         far = distance >= near if window is None else (distance >= near) & (distance < window)
         bias = jnp.where(jnp.where(jnp.arange(first + span) < first, far, in_band), 0.0, _MASKED)
         precision = precision_of(queries)
-        logits = jnp.einsum("bgqe,bgke->bgqk", queries, keys, precision=precision, preferred_element_type=jnp.float32)
+        logits = jnp.einsum(
+            "bgqe,bgke->bgqk", queries, seen(k), precision=precision, preferred_element_type=jnp.float32
+        )
         logits = rearrange(logits, "b g (r s) k -> b g r s k", r=repeats) + bias
         mass = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
         total = rearrange(mass.sum(axis=-1), "b g r s -> b g (r s) 1")
         mass = rearrange(mass.astype(v.dtype), "b g r s k -> b g (r s) k")
-        summed = jnp.einsum("bgqk,bgke->bgqe", mass, values, precision=precision, preferred_element_type=jnp.float32)
+        summed = jnp.einsum("bgqk,bgke->bgqe", mass, seen(v), precision=precision, preferred_element_type=jnp.float32)
         return (summed / total).astype(q.dtype)
 
-    return _over_query_blocks(attend, q, k.shape[1], lengths, block)
+    return _over_query_blocks(attend, q, k.shape[2], lengths, block)
 
 
 def _over_query_blocks(
@@ -135,16 +137,20 @@ def _over_query_blocks(
 ) -> jax.Array:
     """attend(index, scaled queries [B, G, R * block, E]) over blocks of q [B, S, H, E]; zeros where all is padding."""
     repeats = q.shape[2] // groups
-    scaled = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
-    blocks = rearrange(scaled, "b (n s) (g r) e -> n b g (r s) e", s=block, g=groups)
+    scale = jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
     last = (jnp.max(lengths) - 1) // block
 
-    def attend_unless_padding(numbered):
-        index, queries = numbered
-        return jax.lax.cond(index <= last, attend, lambda _, queries: jnp.zeros_like(queries), index, queries)
+    def attended(index):
+        queries = jax.lax.dynamic_slice_in_dim(q, index * block, block, axis=1) * scale
+        out = attend(index, rearrange(queries, "b s (g r) e -> b g (r s) e", g=groups))
+        return rearrange(out, "b g (r s) e -> b s (g r) e", r=repeats)
 
-    out = jax.lax.map(attend_unless_padding, (jnp.arange(len(blocks)), blocks))
-    return rearrange(out, "n b g (r s) e -> b (n s) (g r) e", r=repeats)
+    def attended_unless_padding(index):
+        nothing = jnp.zeros((len(q), block, *q.shape[2:]), q.dtype)
+        return jax.lax.cond(index <= last, attended, lambda _: nothing, index)
+
+    out = jax.lax.map(attended_unless_padding, jnp.arange(q.shape[1] // block))
+    return rearrange(out, "n b s h e -> b (n s) h e")
 
 
 _Sums = tuple[jax.Array, jax.Array, jax.Array]  # of an online softmax: weighted values, largest logit, total mass
@@ -192,15 +198,17 @@ def rows(
     with jax.named_scope("attention_rows"):
         groups, repeats = k.shape[2], q.shape[2] // k.shape[2]
         block = min(_BLOCK, k.shape[1])
-        k, v = (rearrange(padded(x, block), "b s g e -> b g s e") for x in (k, v))
+        k, v = (padded(x, block) for x in (k, v))
         queries = rearrange(q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype), "b s (g r) e -> b g (r s) e", g=groups)
         own = jnp.tile(positions, (1, repeats))[:, None, :, None]
 
         def accumulate(j, sums):
             distance = own - (j * block + jnp.arange(block))
             seen = [distance >= 0] if window is None else [distance >= 0, distance < window]
-            kj = jax.lax.dynamic_slice_in_dim(k, j * block, block, axis=2)
-            vj = jax.lax.dynamic_slice_in_dim(v, j * block, block, axis=2)
+            kj, vj = (
+                rearrange(jax.lax.dynamic_slice_in_dim(x, j * block, block, axis=1), "b s g e -> b g s e")
+                for x in (k, v)
+            )
             return _accumulate(queries, kj, vj, seen, sums)
 
         blocks = jnp.max(positions) // block + 1
