@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemfilter_jax import passes, segments, selection
+from gemfilter_jax import passes, segments, selection, sharding
 from gemfilter_jax.buckets import bucket
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.methods import GemFilter
@@ -158,7 +158,7 @@ def _scores_in_pieces(
     parts = segments.pieces(model.config, prompt, rows, method)
     longest = max(map(len, parts))
     width = segments.width(prompt.head + longest + prompt.tail)
-    for group in segments.groups(model.config, method, parts):
+    for group in segments.groups(model.config, method, parts, sharding.shape_of(model.mesh).data):
         ids = [prompt.ids[np.concatenate([head, piece, tail])] for piece in group]
         alike = [prompt] * len(group)
         scored = passes.scores(model, ids, alike, method, whole=whole, document=longest, width=width)

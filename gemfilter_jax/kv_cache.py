@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from gemfilter_jax import sharding
 from gemfilter_jax.config import ModelConfig
 
 
@@ -24,8 +25,9 @@ class KVCache:
 
     @classmethod
     def empty(cls, config: ModelConfig, batch: int, capacity: int, dtype: jax.typing.DTypeLike) -> "KVCache":
-        """A cache of `capacity` tokens for each of `batch` rows."""
-        shape = (config.layers, batch, capacity, config.kv_heads, config.head_width)
+        """A cache of `capacity` tokens for each of `batch` rows, of this part of the model's key heads."""
+        heads = max(config.kv_heads // sharding.parts("model"), 1)
+        shape = (config.layers, batch, capacity, heads, config.head_width)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch,), jnp.int32))
 
     def write_prompt(self, layer: jax.typing.ArrayLike, k: jax.Array, v: jax.Array) -> "KVCache":

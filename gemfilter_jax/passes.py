@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemfilter_jax import two_stage
+from gemfilter_jax import sharding, two_stage
 from gemfilter_jax.attention import TriShape
 from gemfilter_jax.buckets import bucket
 from gemfilter_jax.methods import GemFilter
@@ -34,21 +34,21 @@ def scores(
       whole: whether that is all of a prompt, not one of several segments.
       document: tokens of the longest document, or segment of one, among which this is.
     """
-    padded, lengths = pad(ids, width)
-    tails = np.array([prompt.tail for prompt in prompts], np.int32)
-    return np.asarray(
-        two_stage.score_prompt(
-            filtering(model, method),
-            padded,
-            lengths,
-            jnp.asarray(tails),
-            jnp.int32(method.filter_layer),
-            head_weights(model, method),
-            window=method.window,
-            normalisation=normalisation(method, whole),
-            pattern=pattern(method, document, tails),
-        )
+    rows = sharding.shape_of(model.mesh).data
+    padded, lengths = pad(sharding.evenly(ids, rows), width)
+    tails = np.array([prompt.tail for prompt in sharding.evenly(prompts, rows)], np.int32)
+    made = two_stage.score_prompt(
+        filtering(model, method),
+        padded,
+        lengths,
+        jnp.asarray(tails),
+        jnp.int32(method.filter_layer),
+        head_weights(model, method),
+        window=method.window,
+        normalisation=normalisation(method, whole),
+        pattern=pattern(method, document, tails),
     )
+    return sharding.to_host(made)[: len(ids)]
 
 
 def filtering(model: Decoder, method: GemFilter) -> Decoder:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemfilter_jax import filtering, passes, reading, two_stage
+from gemfilter_jax import filtering, passes, reading, sharding, two_stage
 from gemfilter_jax.attention import check_runs_here
 from gemfilter_jax.buckets import bucket
 from gemfilter_jax.checkpoints import Checkpoint, Opened, load_checkpoint
@@ -225,10 +225,14 @@ class Pipeline:
                 f"{model.config.context}; keep fewer"
             )
         width = bucket(longest)
-        ids, lengths = passes.pad([prompt.ids[rows] for prompt, rows in zip(prompts, kept, strict=True)], width)
-        positions = jnp.arange(width, dtype=jnp.int32)[None].repeat(len(prompts), axis=0)
+        parts = sharding.shape_of(model.mesh).rows
+        rows = sharding.evenly(kept, parts)
+        ids, lengths = passes.pad(
+            sharding.evenly([prompt.ids[rows] for prompt, rows in zip(prompts, kept, strict=True)], parts), width
+        )
+        positions = jnp.arange(width, dtype=jnp.int32)[None].repeat(len(rows), axis=0)
         if isinstance(method, GemFilter) and method.positions == "original":
-            positions, _ = passes.pad(kept, width)
+            positions, _ = passes.pad(rows, width)
         with watch.stage("prefill"):
             state = two_stage.begin(
                 model,
@@ -237,26 +241,25 @@ class Pipeline:
                 positions,
                 stop_tokens=jnp.asarray(self.checkpoint.stop_tokens or (-1,), jnp.int32),
                 sampling=jax.tree.map(jnp.float32, sampling),
-                seeds=jnp.arange(len(prompts), dtype=jnp.uint32) + jnp.uint32(seed),
+                seeds=jnp.arange(len(rows), dtype=jnp.uint32) + jnp.uint32(seed),
                 limit=jnp.int32(max_new_tokens),
                 capacity=bucket(max_new_tokens),
             )
             jax.block_until_ready(state.tokens)
         with watch.stage("decode"):
             state = two_stage.finish(model, state) if on_text is None else self._stream(state, on_text)
-            tokens, counts, stopped = jax.device_get((state.tokens, state.lengths, state.stopped))
+            tokens, counts, stopped = sharding.to_host((state.tokens, state.lengths, state.stopped))
         return [
             self._result(prompt, rows, row_tokens[:count], bool(ended), watch.timings)
-            for prompt, rows, row_tokens, count, ended in zip(prompts, kept, tokens, counts, stopped, strict=True)
+            for prompt, rows, row_tokens, count, ended in zip(prompts, kept, tokens, counts, stopped, strict=False)
         ]
 
     def _stream(self, state: two_stage.DecodeState, on_text: Callable[[str], None]) -> two_stage.DecodeState:
         """Step a batch of one from the host; pieces are held back while a character is incomplete."""
         told = ""
         while True:
-            tokens, count, stopped, running = jax.device_get(
-                (state.tokens[0], state.lengths[0], state.stopped[0], state.running[0])
-            )
+            made = sharding.to_host((state.tokens, state.lengths, state.stopped, state.running))
+            tokens, count, stopped, running = (of_rows[0] for of_rows in made)
             text = self._decoded(tokens[:count], bool(stopped))
             if not running or not text.endswith("\ufffd"):
                 on_text(text[len(told) :])
@@ -370,7 +373,7 @@ def load(
       dtype: "float32", "bfloat16", or "auto": bfloat16 on accelerators, float32 on CPU.
       weights: "float", or "int8": matrices as int8, about half the bytes of bfloat16.
       filter_layers: load only so many layers, which is enough for `select` at a filter layer below that number.
-      mesh: devices to split the weights over; see `sharding.model_mesh`.
+      mesh: devices to run on; see `sharding.make_mesh`.
       preset: filter settings; those known for the model if None.
       chat_template: wrap prompts in the tokenizer's chat template, if it has one.
       message_format: see `prompts.encode`.
@@ -380,24 +383,23 @@ def load(
     Raises:
       UserError: the model cannot be loaded, or the attention not run here, with the reason.
     """
-    implementation = _attention_on(mesh, attention)
+    _check_attention(mesh, attention)
     checkpoint = load_checkpoint(
         source, dtype, weights=weights, filter_layers=filter_layers, mesh=mesh, progress=progress
     )
-    checkpoint.model.attention_implementation = implementation
+    checkpoint.model.attention_implementation = attention
     preset = preset or preset_for(checkpoint.model.config)
     return Pipeline(checkpoint, preset, chat_template, message_format)
 
 
-def _attention_on(mesh: jax.sharding.Mesh | None, attention: str | None) -> str | None:
-    """The implementation of attention for a mesh: XLA splits its own programs, and no kernels."""
-    if attention is not None:
-        try:
-            check_runs_here(attention)
-        except NotImplementedError as error:
-            raise UserError(f"attention {attention!r} {error}") from error
-    if mesh is None or mesh.size == 1:
-        return attention
-    if attention not in (None, "xla"):
-        raise UserError(f"attention {attention!r} runs on one device, and the mesh has {mesh.size}; 'xla' runs on all")
-    return "xla"
+def _check_attention(mesh: jax.sharding.Mesh | None, attention: str | None) -> None:
+    """Raise a `UserError` if an implementation of attention that was named does not run here."""
+    if attention is None:
+        return
+    try:
+        check_runs_here(attention)
+    except NotImplementedError as error:
+        raise UserError(f"attention {attention!r} {error}") from error
+    shape = sharding.shape_of(mesh)
+    if attention != "xla" and shape.seq > 1:
+        raise UserError(f"attention {attention!r} reads whole prompts, which mesh {shape} cuts; 'xla' reads parts")

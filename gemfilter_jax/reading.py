@@ -4,13 +4,14 @@ import dataclasses
 import hashlib
 import pathlib
 import tempfile
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from gemfilter_jax import passes, segments, two_stage
+from gemfilter_jax import passes, segments, sharding, two_stage
 from gemfilter_jax.buckets import bucket
 from gemfilter_jax.config import LongRope, ModelConfig
 from gemfilter_jax.errors import UserError
@@ -42,7 +43,7 @@ class Reading:
 
     Attributes:
       beginnings: what has been read.
-      states: of the beginnings in `segments.groups`, in order.
+      states: of the beginnings in `segments.groups`, in order, each with the rows that a mesh wants.
     """
 
     beginnings: list[Beginning]
@@ -62,8 +63,8 @@ class Reading:
         question = prompt.ids[len(prompt) - prompt.tail :]
         scores = np.zeros(len(prompt), np.float32)
         done = prompt.head
-        for state, group in zip(self.states, segments.groups(model.config, method, self.beginnings), strict=True):
-            ids, lengths = passes.pad([question] * len(group), bucket(prompt.tail))
+        for state, group in zip(self.states, _groups(model, method, self.beginnings), strict=True):
+            ids, lengths = passes.pad([question] * len(state.lengths), bucket(prompt.tail))
             scored = two_stage.score_after(
                 passes.filtering(model, method),
                 state,
@@ -73,7 +74,7 @@ class Reading:
                 window=method.window,
                 normalisation=passes.normalisation(method, whole),
             )
-            for row, one in zip(np.asarray(scored), group, strict=True):
+            for row, one in zip(sharding.to_host(scored), group, strict=False):
                 part = row[prompt.head : len(one.ids)]
                 scores[done : done + len(part)] = part
                 done += len(part)
@@ -90,6 +91,10 @@ def _beginnings(config: ModelConfig, prompt: Prompt, method: GemFilter) -> list[
         Beginning(np.concatenate([head, prompt.ids[part]]), threshold is not None and around + len(part) > threshold)
         for part in parts
     ]
+
+
+def _groups(model: Decoder, method: GemFilter, beginnings: list[Beginning]) -> list[Sequence[Beginning]]:
+    return segments.groups(model.config, method, beginnings, sharding.shape_of(model.mesh).rows)
 
 
 def key(model: Decoder, prompt: Prompt, method: GemFilter) -> str:
@@ -114,9 +119,10 @@ def read(model: Decoder, prompt: Prompt, method: GemFilter, *, progress: Progres
     longest = max(len(one.ids) for one in beginnings)
     width = segments.width(longest)
     states, done = [], 0
-    for group in segments.groups(model.config, method, beginnings):
-        ids, lengths = passes.pad([one.ids for one in group], width)
-        pattern = passes.pattern(method, longest - prompt.head, np.zeros(len(group), np.int32))
+    for group in _groups(model, method, beginnings):
+        rows = sharding.evenly(group, sharding.shape_of(model.mesh).rows)
+        ids, lengths = passes.pad([one.ids for one in rows], width)
+        pattern = passes.pattern(method, longest - prompt.head, np.zeros(len(rows), np.int32))
         states.append(
             two_stage.read(
                 passes.filtering(model, method),

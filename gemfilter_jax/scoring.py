@@ -3,6 +3,7 @@
 Axes: B batch, S prompt tokens, W observation rows, H query heads, G key/value heads, E head width.
 """
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Literal
 
@@ -10,8 +11,13 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange, reduce
 
+from gemfilter_jax import sharding
+from gemfilter_jax.sequence import Cut
+
 Normalisation = Literal["none", "softmax", "sink"]
 Implementation = Literal["pallas", "xla"]
+Merge = Callable[[jax.Array], jax.Array]
+"""Makes the references [B, ...] of rows, over the keys at hand, those over all keys."""
 
 _ROW_BLOCK = 64  # observation rows at a time where all rows observe
 _BLOCK = 1024  # keys scored at a time: bounds the logits to [B, H, W, block]
@@ -26,6 +32,7 @@ def score_keys(
     head_weights: jax.Array,
     normalisation: Normalisation,
     window: jax.typing.ArrayLike | None = None,
+    cut: Cut | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """The score of every key, summed over observation rows and weighted heads.
@@ -42,6 +49,9 @@ def score_keys(
         "sink": exp(logit - logit of key 0), comparable between segments that share their first tokens, where each
         segment's own softmax is not.
       window: how many keys a row sees, its own included, may be traced; None for all before it. Not for "none".
+      cut: how the keys are cut over the mesh's seq axis in the program that this stands in; k is this device's part of
+        them, and the scores are those of that part. None if they are whole. Heads may be cut in any case: q, k and
+        `head_weights` are then those of this device.
       implementation: "pallas" is this platform's kernel: for TPU, or for NVIDIA Hopper on a GPU. None takes it where
         this process has one TPU device or the call stands in a `shard_map` on TPU, because XLA cannot partition a
         kernel, and "xla" elsewhere and for what the kernel cannot serve: the GPU kernel is not yet measured on one.
@@ -53,23 +63,89 @@ def score_keys(
       NotImplementedError: `implementation` is "pallas" and cannot serve these shapes; the message says why.
     """
     with jax.named_scope("scoring"):
-        groups = k.shape[2]
         weighted = head_weights.astype(jnp.float32)
-        if normalisation == "none":
-            counted = reduce(q.astype(jnp.float32) * (rows >= 0)[..., None, None], "b w h e -> b h e", "sum")
-            counted = rearrange(counted, "b (g r) e -> b g r e", g=groups)
-            summed = jnp.einsum("bgre,...gr->b...ge", counted, _by_group(weighted, groups), precision="highest")
-            return jnp.einsum("b...ge,bsge->b...s", summed, k, precision="highest", preferred_element_type=jnp.float32)
-        from_sink = normalisation == "sink"
-        if implementation == "pallas" or (implementation is None and _may_run_kernels()):
-            try:
-                return _kernels().masses(
-                    q, rows, k, weighted, from_sink=from_sink, window=window, largest_exponent=_LARGEST_EXPONENT
-                )
-            except NotImplementedError:
-                if implementation is not None:
-                    raise
-        return _masses(q, rows, k, weighted, from_sink=from_sink, window=window)
+        if cut is not None and cut.parts > 1 and normalisation != "none":
+            scores = _scores_of_part(q, rows, k, weighted, normalisation == "sink", window, cut, implementation)
+        else:
+            scores = _scores(q, rows, k, weighted, normalisation, window, implementation)
+        return sharding.total(scores, "model")
+
+
+def _scores(
+    q: jax.Array,
+    rows: jax.Array,
+    k: jax.Array,
+    head_weights: jax.Array,
+    normalisation: Normalisation,
+    window: jax.typing.ArrayLike | None,
+    implementation: Implementation | None,
+    merge: Merge | None = None,
+) -> jax.Array:
+    if normalisation == "none":
+        groups = k.shape[2]
+        counted = reduce(q.astype(jnp.float32) * (rows >= 0)[..., None, None], "b w h e -> b h e", "sum")
+        counted = rearrange(counted, "b (g r) e -> b g r e", g=groups)
+        summed = jnp.einsum("bgre,...gr->b...ge", counted, _by_group(head_weights, groups), precision="highest")
+        return jnp.einsum("b...ge,bsge->b...s", summed, k, precision="highest", preferred_element_type=jnp.float32)
+    from_sink = normalisation == "sink"
+    if implementation == "pallas" or (implementation is None and _may_run_kernels()):
+        try:
+            return _kernels().masses(
+                q,
+                rows,
+                k,
+                head_weights,
+                from_sink=from_sink,
+                window=window,
+                largest_exponent=_LARGEST_EXPONENT,
+                merge=merge,
+            )
+        except NotImplementedError:
+            if implementation is not None:
+                raise
+    return _masses(q, rows, k, head_weights, from_sink=from_sink, window=window, merge=merge)
+
+
+def _scores_of_part(
+    q: jax.Array,
+    rows: jax.Array,
+    k: jax.Array,
+    head_weights: jax.Array,
+    from_sink: bool,
+    window: jax.typing.ArrayLike | None,
+    cut: Cut,
+    implementation: Implementation | None,
+) -> jax.Array:
+    """Scores of this device's part of the keys, its pieces as so many prompts; each row's reference is made of all."""
+    if window is not None:
+        raise NotImplementedError("keys that are cut are scored without a window")
+    starts = cut.starts(k.shape[1])
+    size = k.shape[1] // cut.pieces
+
+    def merge(reference: jax.Array) -> jax.Array:
+        of_pieces = rearrange(reference, "(p b) ... -> p b ...", p=cut.pieces)
+        if from_sink:
+            first = (starts == 0).reshape(-1, *(1,) * (of_pieces.ndim - 1))
+            merged = sharding.total(jnp.where(first, of_pieces, 0.0).sum(axis=0), "seq")
+        else:
+            peak = sharding.largest(of_pieces.max(axis=0), "seq")
+            finite = jnp.where(jnp.isfinite(peak), peak, 0.0)
+            merged = finite + jnp.log(sharding.total(jnp.exp(of_pieces - finite).sum(axis=0), "seq"))
+        return jnp.tile(merged, (cut.pieces, *(1,) * (merged.ndim - 1)))
+
+    within = rows - starts[:, None, None]
+    within = jnp.where(rows >= 0, jnp.clip(within, -1, size - 1), -1)
+    scores = _scores(
+        jnp.tile(q, (cut.pieces, 1, 1, 1)),
+        rearrange(within, "p b w -> (p b) w"),
+        rearrange(k, "b (p s) g e -> (p b) s g e", p=cut.pieces),
+        head_weights,
+        "sink" if from_sink else "softmax",
+        None,
+        implementation,
+        merge,
+    )
+    return rearrange(scores, "(p b) ... s -> b ... (p s)", p=cut.pieces)
 
 
 def score_keys_by_all_rows(
@@ -135,6 +211,7 @@ def _masses(
     *,
     from_sink: bool,
     window: jax.typing.ArrayLike | None,
+    merge: Merge | None,
 ) -> jax.Array:
     length, groups = k.shape[1], k.shape[2]
     block = min(_BLOCK, length)
@@ -155,6 +232,7 @@ def _masses(
     else:
         per_block = jax.lax.map(lambda x: jax.nn.logsumexp(logits(*x), axis=-1), numbered)
         reference = jax.nn.logsumexp(per_block, axis=0)
+    reference = reference if merge is None else merge(reference)
 
     weights = _by_group(head_weights, groups)
 

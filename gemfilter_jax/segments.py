@@ -1,5 +1,6 @@
 """How a prompt is cut: the chunks that are kept together, and the segments that pass through the filter one by one."""
 
+import itertools
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -71,12 +72,16 @@ def width(longest: int) -> int:
     return min(bucket(longest), -(-longest // _WIDTH_STEP) * _WIDTH_STEP)
 
 
-def groups(config: ModelConfig, method: GemFilter, parts: Sequence[_Part]) -> list[Sequence[_Part]]:
-    """Segments, or what belongs to each, as they pass through the filter: several at a time, the rest one by one."""
-    size = min(_TOGETHER, -(-config.context // reach(config, method)))
+def groups(config: ModelConfig, method: GemFilter, parts: Sequence[_Part], at_once: int = 1) -> list[Sequence[_Part]]:
+    """Segments, or what belongs to each, as they pass through the filter: several at a time, the rest `at_once`.
+
+    Args:
+      at_once: rows that a batch on a mesh is cut into.
+    """
+    size = -(-min(_TOGETHER, -(-config.context // reach(config, method))) // at_once) * at_once
     together = len(parts) // size * size
-    several = [parts[start : start + size] for start in range(0, together, size)]
-    return several + [parts[start : start + 1] for start in range(together, len(parts))]
+    starts = [*range(0, together, size), *range(together, len(parts), at_once), len(parts)]
+    return [parts[start:stop] for start, stop in itertools.pairwise(starts)]
 
 
 def chunks(prompt: Prompt, method: GemFilter) -> np.ndarray:

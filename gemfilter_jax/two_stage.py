@@ -1,16 +1,23 @@
 """The jitted programs: filter a prompt, then generate from what was kept.
 
+Those of a model on a mesh run on all its devices: `score_prompt` cuts prompts over the seq axis, the others have that
+axis join the data axis. Batches must then be multiples of the axis that cuts them, see `sharding.evenly`.
+
 Axes: B batch, S prompt bucket, K kept bucket, T bucket of new tokens, V vocabulary. Sizes are buckets and static;
 lengths, the filter layer, keep, head weights, temperature, seeds and limits are traced.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gemfilter_jax import sampling as sampling_lib
+from gemfilter_jax import sequence, sharding
 from gemfilter_jax.attention import TriShape
 from gemfilter_jax.config import LongRope
 from gemfilter_jax.kv_cache import FilterState, KVCache
@@ -43,10 +50,46 @@ def score_prompt(
     Returns:
       float32 [B, S].
     """
-    with jax.named_scope("filter"):
-        q, k, rows = model.keys_and_last_queries(ids, lengths, filter_layer, window, pattern)
-        rows = _observing(rows, tails)
-        return score_keys(q, rows, k, head_weights=head_weights, normalisation=normalisation)
+
+    def scores(model, ids, lengths, tails, pattern, filter_layer, head_weights):
+        with jax.named_scope("filter"):
+            q, k, rows = model.keys_and_last_queries(ids, lengths, filter_layer, window, pattern)
+            return score_keys(
+                q,
+                _observing(rows, tails),
+                k,
+                head_weights=sharding.own(head_weights, "model", 0),
+                normalisation=normalisation,
+                cut=sequence.cut(mirrored=pattern is None),
+            )
+
+    length, shape = ids.shape[1], sharding.shape_of(model.mesh)
+    cut = sequence.Cut(shape.seq, mirrored=pattern is None and shape.seq > 1)
+    ids = jnp.pad(ids, ((0, 0), (0, cut.padded(length) - length)))
+    order = cut.order(ids.shape[1])
+    batch, cut_batch = sharding.spec("batch"), sharding.spec("batch", "sequence")
+    run = _on_devices(model, scores, (cut_batch, batch, batch, batch, None, None), cut_batch, cuts_sequences=True)
+    ordered = run(ids[:, order] if cut.mirrored else ids, lengths, tails, pattern, filter_layer, head_weights)
+    return (ordered[:, np.argsort(order)] if cut.mirrored else ordered)[:, :length]
+
+
+def _on_devices(
+    model: Decoder,
+    fn: Callable[..., Any],
+    in_specs: tuple[Any, ...],
+    out_specs: Any,
+    *,
+    cuts_sequences: bool = False,
+) -> Callable[..., Any]:
+    """fn(model, ...) as a function of its other arguments, run on the model's mesh if it has one.
+
+    Args:
+      in_specs, out_specs: layouts, of whole subtrees where only one is given; None for what all devices have.
+    """
+    if model.mesh is None:
+        return functools.partial(fn, model)
+    mesh = model.mesh if cuts_sequences else sharding.without_seq(model.mesh)
+    return functools.partial(sharding.over(mesh, fn, (sharding.specs(model, mesh), *in_specs), out_specs), model)
 
 
 def _observing(rows: jax.Array, tails: jax.Array) -> jax.Array:
@@ -68,13 +111,19 @@ def score_heads(
     pattern: TriShape | None = None,
 ) -> jax.Array:
     """What each head of each of the first `layers` layers would score alone: float32 [layers, B, H, S]."""
-    each = jnp.eye(model.config.heads)
 
-    def look(q: jax.Array, k: jax.Array, rows: jax.Array) -> jax.Array:
-        return score_keys(q, _observing(rows, tails), k, head_weights=each, normalisation=normalisation)
+    def scores(model, ids, lengths, tails, pattern):
+        each = sharding.own(jnp.eye(model.config.heads), "model", 1)
 
-    with jax.named_scope("filter"):
-        return model.at_each_layer(ids, lengths, layers, window, look, pattern)
+        def look(q: jax.Array, k: jax.Array, rows: jax.Array) -> jax.Array:
+            return score_keys(q, _observing(rows, tails), k, head_weights=each, normalisation=normalisation)
+
+        with jax.named_scope("filter"):
+            return model.at_each_layer(ids, lengths, layers, window, look, pattern)
+
+    batch = sharding.spec("batch")
+    run = _on_devices(model, scores, (batch, batch, batch, batch), sharding.spec(None, "batch"))
+    return run(ids, lengths, tails, pattern)
 
 
 @functools.partial(jax.jit, static_argnames=("filter_layer",))
@@ -88,8 +137,19 @@ def read(
     pattern: TriShape | None = None,
 ) -> FilterState:
     """Stage 1 of the beginnings of prompts, for any number of endings; see `Decoder.read` and `score_after`."""
-    with jax.named_scope("read"):
-        return model.read(ids, lengths, extents, filter_layer, pattern)
+
+    def state(model, ids, lengths, extents, pattern):
+        with jax.named_scope("read"):
+            return model.read(ids, lengths, extents, filter_layer, pattern)
+
+    batch = sharding.spec("batch")
+    run = _on_devices(model, state, (batch, batch, batch, batch), _filter_state_specs())
+    return run(ids, lengths, extents, pattern)
+
+
+def _filter_state_specs() -> FilterState:
+    stacked = sharding.spec(None, "batch", None, "kv_heads")
+    return FilterState(stacked, stacked, sharding.spec("batch", None, "kv_heads"), sharding.spec("batch"))
 
 
 @functools.partial(jax.jit, static_argnames=("window", "normalisation"))
@@ -112,9 +172,16 @@ def score_after(
     Returns:
       float32 [B, S + T], a score for every token of the beginnings and of what follows them.
     """
-    with jax.named_scope("filter"):
-        q, k, rows = model.keys_and_last_queries_after(state, ids, lengths, window)
-        return score_keys(q, rows, k, head_weights=head_weights, normalisation=normalisation)
+
+    def scores(model, state, ids, lengths, head_weights):
+        with jax.named_scope("filter"):
+            q, k, rows = model.keys_and_last_queries_after(state, ids, lengths, window)
+            own = sharding.own(head_weights, "model", 0)
+            return score_keys(q, rows, k, head_weights=own, normalisation=normalisation)
+
+    batch = sharding.spec("batch")
+    run = _on_devices(model, scores, (_filter_state_specs(), batch, batch, None), batch)
+    return run(state, ids, lengths, head_weights)
 
 
 @jax.tree_util.register_dataclass
@@ -173,25 +240,49 @@ def begin(
       ids: int32 [B, K]. lengths: int32 [B]. positions: int32 [B, K], rotary positions.
       stop_tokens: int32 [N]. seeds: uint32 [B]. limit: new tokens at most, 1 or more. capacity: T, room for new tokens.
     """
-    with jax.named_scope("prefill"):
-        batch, kept = ids.shape
-        cache = KVCache.empty(model.config, batch, kept + capacity, model.dtype)
-        logits, cache = model.prefill(ids, lengths, positions, cache)
-        state = DecodeState(
-            tokens=jnp.zeros((batch, capacity), jnp.int32),
-            lengths=jnp.zeros((batch,), jnp.int32),
-            stopped=jnp.zeros((batch,), bool),
-            last=jnp.zeros((batch,), jnp.int32),
-            positions=jnp.take_along_axis(positions, (lengths - 1)[:, None], axis=1)[:, 0],
-            cache=cache,
-            prompt=ids,
-            prompt_positions=positions,
-            keys=jax.vmap(jax.random.key)(seeds),
-            limit=jnp.asarray(limit, jnp.int32),
-            stop_tokens=stop_tokens,
-            sampling=sampling,
-        )
-        return _take(state, logits)
+
+    def begun(model, ids, lengths, positions, seeds, stop_tokens, sampling, limit):
+        with jax.named_scope("prefill"):
+            batch, kept = ids.shape
+            cache = KVCache.empty(model.config, batch, kept + capacity, model.dtype)
+            logits, cache = model.prefill(ids, lengths, positions, cache)
+            state = DecodeState(
+                tokens=jnp.zeros((batch, capacity), jnp.int32),
+                lengths=jnp.zeros((batch,), jnp.int32),
+                stopped=jnp.zeros((batch,), bool),
+                last=jnp.zeros((batch,), jnp.int32),
+                positions=jnp.take_along_axis(positions, (lengths - 1)[:, None], axis=1)[:, 0],
+                cache=cache,
+                prompt=ids,
+                prompt_positions=positions,
+                keys=jax.vmap(jax.random.key)(seeds),
+                limit=limit,
+                stop_tokens=stop_tokens,
+                sampling=sampling,
+            )
+            return _take(state, logits)
+
+    batch = sharding.spec("batch")
+    run = _on_devices(model, begun, (batch, batch, batch, batch, None, None, None), _decode_state_specs())
+    return run(ids, lengths, positions, seeds, stop_tokens, sampling, jnp.asarray(limit, jnp.int32))
+
+
+def _decode_state_specs() -> DecodeState:
+    batch, cached = sharding.spec("batch"), sharding.spec(None, "batch", None, "kv_heads")
+    return DecodeState(
+        tokens=batch,
+        lengths=batch,
+        stopped=batch,
+        last=batch,
+        positions=batch,
+        cache=KVCache(cached, cached, batch),
+        prompt=batch,
+        prompt_positions=batch,
+        keys=batch,
+        limit=sharding.spec(),
+        stop_tokens=sharding.spec(),
+        sampling=sharding.spec(),
+    )
 
 
 def _take(state: DecodeState, logits: jax.Array) -> DecodeState:
@@ -236,7 +327,7 @@ def _fed(model: Decoder, state: DecodeState) -> tuple[jax.Array, KVCache]:
     if not isinstance(scaling, LongRope):
         return feed()
     crossing = state.running & (state.positions == scaling.original_context)
-    return jax.lax.cond(crossing.any(), read_again, feed)
+    return jax.lax.cond(sharding.anywhere(crossing), read_again, feed)
 
 
 def _sequence(state: DecodeState) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -254,10 +345,17 @@ def _sequence(state: DecodeState) -> tuple[jax.Array, jax.Array, jax.Array]:
 @functools.partial(jax.jit, donate_argnames=("state",))
 def step(model: Decoder, state: DecodeState) -> DecodeState:
     """One more token for each running row; what streaming drives from the host. The given state is consumed."""
-    return _step(model, state)
+    specs = _decode_state_specs()
+    return _on_devices(model, _step, (specs,), specs)(state)
 
 
 @functools.partial(jax.jit, donate_argnames=("state",))
 def finish(model: Decoder, state: DecodeState) -> DecodeState:
     """Step until no row runs. The given state is consumed."""
-    return jax.lax.while_loop(lambda state: state.running.any(), functools.partial(_step, model), state)
+
+    def stepped(model, state):
+        step = functools.partial(_step, model)
+        return jax.lax.while_loop(lambda state: sharding.anywhere(state.running), step, state)
+
+    specs = _decode_state_specs()
+    return _on_devices(model, stepped, (specs,), specs)(state)

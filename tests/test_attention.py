@@ -289,7 +289,7 @@ def test_a_model_keeps_to_the_attention_it_is_given():
         pipeline.load("no such model", attention="splash")
 
 
-def test_a_kernel_does_not_run_on_a_mesh(on_tpu):
-    mesh = jax.sharding.AbstractMesh((2,), ("model",))
-    with pytest.raises(UserError, match="'splash' runs on one device, and the mesh has 2"):
+def test_a_kernel_does_not_run_on_prompts_that_are_cut(on_tpu):
+    mesh = jax.sharding.AbstractMesh((1, 2, 1), ("data", "seq", "model"))
+    with pytest.raises(UserError, match="'splash' reads whole prompts, which mesh data:1,seq:2,model:1 cuts"):
         pipeline.load("no such model", mesh=mesh, attention="splash")

@@ -9,6 +9,8 @@ import importlib
 import jax
 from absl import logging
 
+from gemfilter_jax import sharding
+from gemfilter_jax.attention import cut
 from gemfilter_jax.attention.visibility import TriShape
 from gemfilter_jax.attention.xla import one_row, rows
 from gemfilter_jax.errors import UserError
@@ -39,7 +41,8 @@ def causal(
       q: [B, S, H, E]. k, v: [B, S, G, E]. lengths: [B].
       window: how many keys a query sees, its own included, may be traced; None for all before it.
       pattern: None for dense attention; a tri_shape sees nothing beyond `window` either.
-      implementation: one of `IMPLEMENTATIONS`; None for the first of the platform's that serves.
+      implementation: one of `IMPLEMENTATIONS`; None for the first of the platform's that serves. Inside a program that
+        cuts prompts over a mesh's seq axis XLA's serves, whatever the platform.
 
     Returns:
       [B, S, H, E] in q's dtype; rows of padding are unspecified but finite.
@@ -47,6 +50,9 @@ def causal(
     Raises:
       UserError: the one that was named, or none at all, serves, with the reason of each.
     """
+    if sharding.parts("seq") > 1:
+        with jax.named_scope("attention"):
+            return cut.causal(q, k, v, lengths=lengths, window=window, pattern=pattern)
     names = _ORDER.get(jax.default_backend(), ("xla",)) if implementation is None else (implementation,)
     refusals = {}
     for name in names:

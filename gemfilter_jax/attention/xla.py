@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from gemfilter_jax import sequence, sharding
 from gemfilter_jax.attention.visibility import TriShape
 from gemfilter_jax.precision import precision_of
 
@@ -28,13 +29,14 @@ def causal(
     Blocks above the diagonal or outside what every row of a block sees, and query blocks that hold only padding, are
     skipped.
     """
+    if pattern is not None:
+        firsts = k[:, : pattern.first], v[:, : pattern.first]
+        out = banded(q, k, v, firsts, lengths=lengths, window=window, pattern=pattern)
+        return with_tails(out, q, k, v, lengths=lengths, window=window, pattern=pattern)
     length = q.shape[1]
-    block = min(_BLOCK if pattern is None else _BAND_BLOCK, length)
+    block = min(_BLOCK, length)
     q_blocks, k_blocks, v_blocks = (padded(x, block) for x in (q, k, v))
-    if pattern is None:
-        return _dense(q_blocks, k_blocks, v_blocks, lengths, block, window)[:, :length]
-    out = _banded(q_blocks, k_blocks, v_blocks, lengths, block, window, pattern)[:, :length]
-    return with_tails(out, q, k, v, lengths=lengths, window=window, pattern=pattern)
+    return _dense(q_blocks, k_blocks, v_blocks, lengths, block, window)[:, :length]
 
 
 def padded(x: jax.Array, block: int) -> jax.Array:
@@ -56,13 +58,14 @@ def with_tails(
     """The result [B, S, H, E] of a tri_shape's first tokens and band, with its last rows computed densely."""
     if pattern.room == 0:
         return out
+    cut = sequence.cut(mirrored=False)
     length = q.shape[1]
-    room = min(pattern.room, length)
+    room = min(pattern.room, length * cut.parts)
     positions = lengths[:, None] - room + jnp.arange(room)
-    last = jnp.take_along_axis(q, jnp.maximum(positions, 0)[..., None, None], axis=1)
-    dense = rows(last, positions, k, v, window=window)
+    dense = rows(cut.rows(q, positions), positions, k, v, window=window)
+    local, here = cut.local(length, positions)
     in_tail = positions >= jnp.maximum(lengths - pattern.tails, 0)[:, None]
-    columns = jnp.where(in_tail, positions, length)
+    columns = jnp.where(in_tail & here, local, length)
     return out.at[jnp.arange(len(out))[:, None], columns].set(dense, mode="drop")
 
 
@@ -81,55 +84,65 @@ def _dense(
             seen = [distance >= 0] if diagonal else []
             if window is not None:
                 seen.append(distance < window)
-            return _accumulate(queries, kj, vj, seen, carry)
+            return accumulated(queries, kj, vj, seen, carry)
 
         start = 0 if window is None else jnp.maximum(index * block - window + 1, 0) // block
-        carry = jax.lax.fori_loop(start, index, accumulate, _nothing(queries))
-        return _finished(accumulate(index, carry, diagonal=True), q.dtype)
+        carry = jax.lax.fori_loop(start, index, accumulate, nothing(queries))
+        return finished(accumulate(index, carry, diagonal=True), q.dtype)
 
     return _over_query_blocks(attend, q, k.shape[1], lengths, block)
 
 
-def _banded(
+def banded(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
+    firsts: tuple[jax.Array, jax.Array],
+    *,
     lengths: jax.Array,
-    block: int,
     window: jax.typing.ArrayLike | None,
     pattern: TriShape,
+    start: jax.typing.ArrayLike = 0,
 ) -> jax.Array:
-    """First tokens and band of a tri_shape: a block's queries see few keys, whose softmax is made in one go."""
-    length, repeats = k.shape[1], q.shape[2] // k.shape[2]
-    first = min(pattern.first, length)
-    span = min(-(-(pattern.band - 1) // block) * block + block, length)
+    """First tokens and band of a tri_shape: a block's queries see few keys, whose softmax is made in one go.
+
+    Args:
+      q: [B, S, H, E], of a prompt's positions from `start` on, which may be traced.
+      k, v: [B, N + S, G, E], of the N positions before them too.
+      firsts: keys and values [B, F, G, E] of the first tokens.
+    """
+    length, before = q.shape[1], k.shape[1] - q.shape[1]
+    block = min(_BAND_BLOCK, length)
+    missing = -length % block
+    q, k, v = (jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) for x in (q, k, v))
+    first, repeats = firsts[0].shape[1], q.shape[2] // k.shape[2]
+    span = min(-(-(pattern.band - 1) // block) * block + block, k.shape[1])
     near = pattern.band if window is None else jnp.minimum(window, pattern.band)
 
     def attend(index, queries):
-        end = (index + 1) * block
-        start = jnp.maximum(end - span, 0)
+        end = before + (index + 1) * block
+        begin = jnp.maximum(end - span, 0)
 
-        def seen(x):
-            near = jax.lax.dynamic_slice_in_dim(x, start, span, axis=1)
-            return rearrange(jnp.concatenate([x[:, :first], near], axis=1), "b k g e -> b g k e")
+        def seen(x, first_x):
+            band = jax.lax.dynamic_slice_in_dim(x, begin, span, axis=1)
+            return rearrange(jnp.concatenate([first_x, band], axis=1), "b k g e -> b g k e")
 
-        places = jnp.concatenate([jnp.arange(first), start + jnp.arange(span)])
-        distance = end - block + jnp.arange(block)[:, None] - places
-        in_band = (distance >= 0) & (distance < near)
+        keys, values = seen(k, firsts[0]), seen(v, firsts[1])
+        places = jnp.concatenate([jnp.arange(first), start - before + begin + jnp.arange(span)])
+        distance = start + index * block + jnp.arange(block)[:, None] - places
+        in_band = (distance >= 0) & (distance < near) & (places >= 0)
         far = distance >= near if window is None else (distance >= near) & (distance < window)
         bias = jnp.where(jnp.where(jnp.arange(first + span) < first, far, in_band), 0.0, _MASKED)
         precision = precision_of(queries)
-        logits = jnp.einsum(
-            "bgqe,bgke->bgqk", queries, seen(k), precision=precision, preferred_element_type=jnp.float32
-        )
+        logits = jnp.einsum("bgqe,bgke->bgqk", queries, keys, precision=precision, preferred_element_type=jnp.float32)
         logits = rearrange(logits, "b g (r s) k -> b g r s k", r=repeats) + bias
         mass = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
         total = rearrange(mass.sum(axis=-1), "b g r s -> b g (r s) 1")
         mass = rearrange(mass.astype(v.dtype), "b g r s k -> b g (r s) k")
-        summed = jnp.einsum("bgqk,bgke->bgqe", mass, seen(v), precision=precision, preferred_element_type=jnp.float32)
+        summed = jnp.einsum("bgqk,bgke->bgqe", mass, values, precision=precision, preferred_element_type=jnp.float32)
         return (summed / total).astype(q.dtype)
 
-    return _over_query_blocks(attend, q, k.shape[2], lengths, block)
+    return _over_query_blocks(attend, q, k.shape[2], lengths - start, block)[:, :length]
 
 
 def _over_query_blocks(
@@ -153,16 +166,16 @@ def _over_query_blocks(
     return rearrange(out, "n b s h e -> b (n s) h e")
 
 
-_Sums = tuple[jax.Array, jax.Array, jax.Array]  # of an online softmax: weighted values, largest logit, total mass
+Sums = tuple[jax.Array, jax.Array, jax.Array]  # of an online softmax: weighted values, largest logit, total mass
 
 
-def _nothing(queries: jax.Array) -> _Sums:
+def nothing(queries: jax.Array) -> Sums:
     """The sums before any key was seen, for queries [B, G, Q, E]."""
     shape = queries.shape[:-1]
     return jnp.zeros(queries.shape, jnp.float32), jnp.full(shape, _MASKED), jnp.zeros(shape, jnp.float32)
 
 
-def _accumulate(queries: jax.Array, k: jax.Array, v: jax.Array, seen: list[jax.Array], sums: _Sums) -> _Sums:
+def accumulated(queries: jax.Array, k: jax.Array, v: jax.Array, seen: list[jax.Array], sums: Sums) -> Sums:
     """Add keys and values [B, G, K, E] where all of `seen`, broadcast to [B, G, Q, K], is true."""
     acc, peak, total = sums
     precision = precision_of(queries)
@@ -178,9 +191,18 @@ def _accumulate(queries: jax.Array, k: jax.Array, v: jax.Array, seen: list[jax.A
     return acc * decay[..., None] + update, new_peak, total * decay + mass.sum(axis=-1)
 
 
-def _finished(sums: _Sums, dtype: jax.typing.DTypeLike) -> jax.Array:
+def finished(sums: Sums, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Attention's result from its sums; zeros for a row that saw no block."""
     acc, _, total = sums
-    return (acc / total[..., None]).astype(dtype)
+    return (acc / jnp.where(total == 0, 1, total)[..., None]).astype(dtype)
+
+
+def _of_all_parts(sums: Sums) -> Sums:
+    """Sums over all keys, from those of this device's."""
+    acc, peak, total = sums
+    highest = sharding.largest(peak, "seq")
+    share = jnp.exp(peak - highest)
+    return sharding.total(acc * share[..., None], "seq"), highest, sharding.total(total * share, "seq")
 
 
 def rows(
@@ -189,7 +211,8 @@ def rows(
     """Dense causal attention of some rows of a sequence, blockwise over its keys.
 
     Args:
-      q: [B, R, H, E]. positions: int [B, R], where the rows stand in the sequence. k, v: [B, S, G, E].
+      q: [B, R, H, E]. positions: int [B, R], where the rows stand in the sequence. k, v: [B, S, G, E], this device's
+        part of them where sequences are cut, not mirrored.
       window: how many keys a query sees, its own included, may be traced; None for all before it.
 
     Returns:
@@ -197,10 +220,11 @@ def rows(
     """
     with jax.named_scope("attention_rows"):
         groups, repeats = k.shape[2], q.shape[2] // k.shape[2]
+        within = positions - sequence.cut(mirrored=False).starts(k.shape[1])
         block = min(_BLOCK, k.shape[1])
         k, v = (padded(x, block) for x in (k, v))
         queries = rearrange(q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype), "b s (g r) e -> b g (r s) e", g=groups)
-        own = jnp.tile(positions, (1, repeats))[:, None, :, None]
+        own = jnp.tile(within, (1, repeats))[:, None, :, None]
 
         def accumulate(j, sums):
             distance = own - (j * block + jnp.arange(block))
@@ -209,10 +233,10 @@ def rows(
                 rearrange(jax.lax.dynamic_slice_in_dim(x, j * block, block, axis=1), "b s g e -> b g s e")
                 for x in (k, v)
             )
-            return _accumulate(queries, kj, vj, seen, sums)
+            return accumulated(queries, kj, vj, seen, sums)
 
-        blocks = jnp.max(positions) // block + 1
-        out = _finished(jax.lax.fori_loop(0, blocks, accumulate, _nothing(queries)), q.dtype)
+        blocks = jnp.minimum(jnp.max(within) // block + 1, k.shape[1] // block)
+        out = finished(_of_all_parts(jax.lax.fori_loop(0, blocks, accumulate, nothing(queries))), q.dtype)
         return rearrange(out, "b g (r s) e -> b s (g r) e", r=repeats)
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from transformers import PreTrainedTokenizerBase
 
+from gemfilter_jax import sharding
 from gemfilter_jax.checkpoints import embedded, hub, orbax
 from gemfilter_jax.checkpoints.gguf import GGUFFile
 from gemfilter_jax.checkpoints.huggingface import HuggingFaceFolder
@@ -58,7 +59,7 @@ def load_checkpoint(
       dtype: "float32", "bfloat16", or "auto": bfloat16 on accelerators, float32 on CPU.
       weights: "float", or "int8": matrices but the embedding as int8, symmetric, with a float32 scale for each output.
       filter_layers: load only so many layers and no LM head, enough for stage 1; None for the whole model.
-      mesh: devices to split the weights over; see `sharding`.
+      mesh: devices to run on, see `sharding.make_mesh`; None for one.
       progress: called with (bytes read, bytes to read).
 
     Raises:
@@ -71,11 +72,13 @@ def load_checkpoint(
     layers = opened.config.layers
     if filter_layers is not None and not 1 <= filter_layers <= layers:
         raise UserError(f"{filter_layers} layers were asked for; the model has {layers}")
+    if mesh is not None:
+        sharding.check(opened.config, sharding.shape_of(mesh))
     loading = Loading(
         dtype=jnp.dtype(dtype if dtype != "auto" else "float32" if jax.default_backend() == "cpu" else "bfloat16"),
         int8=weights == "int8",
         filter_layers=filter_layers,
-        mesh=mesh,
+        mesh=None if mesh is None or mesh.size == 1 else mesh,
         progress=progress,
     )
     tokenizer, stop_tokens = opened.tokenizer(), opened.stop_tokens()

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gemfilter_jax import attention
+from gemfilter_jax import attention, sequence, sharding
 from gemfilter_jax.attention import TriShape
 from gemfilter_jax.config import ModelConfig
 from gemfilter_jax.errors import UserError
@@ -31,6 +31,8 @@ class Decoder(nnx.Module):
 
     Attributes:
       attention_implementation: of prompts' attention, see `attention.causal`; static.
+      mesh: the devices that hold the weights, as `sharding.RULES` has it, None for one; static. The methods run on
+        whole weights, or inside `sharding.over` on one device's part of them.
 
     Args:
       dtype: of weights and activations.
@@ -56,6 +58,7 @@ class Decoder(nnx.Module):
         self.config = config
         self.int8_products = False
         self.attention_implementation: str | None = None
+        self.mesh: jax.sharding.Mesh | None = None
         self.held_layers = config.layers if filter_layers is None else filter_layers
         table = nnx.initializers.normal(0.02)(rngs.params(), (config.vocab, config.width), weights.dtype)
         self.embedding = nnx.Param(table, axes=("vocab", "embed"))
@@ -77,6 +80,7 @@ class Decoder(nnx.Module):
     def layer(self, index: jax.typing.ArrayLike) -> DecoderLayer:
         """Layer `index`, which may be traced."""
         layer = jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, index, keepdims=False), self.layers)
+        layer.keep_own_key_head(self.config.kv_heads)
         if self.int8_products:
             layer.multiply_in_int8()
         return layer
@@ -105,7 +109,7 @@ class Decoder(nnx.Module):
         """A prompt through layer `index`: the next layer's x [B, S, D], and this one's keys and values [B, S, G, E]."""
         with jax.named_scope("layer"):
             layer = self.layer(index)
-            rows = jnp.max(lengths)
+            rows = x.shape[1] if sharding.parts("seq") > 1 else sharding.largest(jnp.max(lengths), "data")
             q, k, v = layer.open(x, table, rows)
             attended = attention.causal(
                 q,
@@ -130,12 +134,12 @@ class Decoder(nnx.Module):
         Args:
           pattern: of attention, None for dense.
         """
-        table = self._table(ids, lengths)
+        table = self._table(ids, lengths, pattern)
 
         def body(index, x):
             return self._through(index, x, table, lengths, pattern)[0]
 
-        return jax.lax.fori_loop(0, layers, body, self.embedding[...][ids])
+        return jax.lax.fori_loop(0, layers, body, self._embedded(ids))
 
     def keys_and_last_queries(
         self,
@@ -159,17 +163,22 @@ class Decoder(nnx.Module):
           start of a prompt shorter than W has a negative position and a meaningless q.
         """
         x = self.hidden_states(ids, lengths, layer, pattern)
-        return self._view(layer, x, lengths, window)
+        return self._view(layer, x, lengths, window, pattern)
 
     def _view(
-        self, index: jax.typing.ArrayLike, x: jax.Array, lengths: jax.Array, window: int
+        self,
+        index: jax.typing.ArrayLike,
+        x: jax.Array,
+        lengths: jax.Array,
+        window: int,
+        pattern: TriShape | None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """What `keys_and_last_queries` returns, from the x [B, S, D] that enters layer `index`."""
         with jax.named_scope("filter_layer"):
             layer = self.layer(index)
-            k = layer.keys(layer.attention_norm(x), self._table(x, lengths))
+            k = layer.keys(layer.attention_norm(x), self._table(x, lengths, pattern))
             rows = lengths[:, None] - window + jnp.arange(window)
-            x_rows = jnp.take_along_axis(x, jnp.maximum(rows, 0)[..., None], axis=1)
+            x_rows = sequence.cut(mirrored=pattern is None).rows(x, rows)
             q = layer.queries(layer.attention_norm(x_rows), rotary_table(self.config, rows, lengths))
         return q, k, rows
 
@@ -183,13 +192,13 @@ class Decoder(nnx.Module):
         pattern: TriShape | None = None,
     ) -> jax.Array:
         """look(q, k, rows) of what `keys_and_last_queries` gives at each of the first `layers` layers, stacked."""
-        table = self._table(ids, lengths)
+        table = self._table(ids, lengths, pattern)
 
         def body(x, index):
-            seen = look(*self._view(index, x, lengths, window))
+            seen = look(*self._view(index, x, lengths, window, pattern))
             return self._through(index, x, table, lengths, pattern)[0], seen
 
-        return jax.lax.scan(body, self.embedding[...][ids], jnp.arange(layers))[1]
+        return jax.lax.scan(body, self._embedded(ids), jnp.arange(layers))[1]
 
     def read(
         self, ids: jax.Array, lengths: jax.Array, extents: jax.Array, layer: int, pattern: TriShape | None = None
@@ -200,13 +209,13 @@ class Decoder(nnx.Module):
           ids: [B, S], the beginnings. lengths: [B], theirs. extents: [B], those of the whole prompts.
           pattern: of attention, None for dense.
         """
-        table = self._table(ids, extents)
+        table = self._table(ids, extents, pattern)
 
         def body(x, index):
             x, k, v = self._through(index, x, table, lengths, pattern)
             return x, (k, v)
 
-        x, (keys, values) = jax.lax.scan(body, self.embedding[...][ids], jnp.arange(layer))
+        x, (keys, values) = jax.lax.scan(body, self._embedded(ids), jnp.arange(layer))
         last = self.layer(layer)
         return FilterState(keys, values, last.keys(last.attention_norm(x), table), lengths)
 
@@ -235,7 +244,7 @@ class Decoder(nnx.Module):
             return layer.close(x, attended, jnp.max(lengths)), None
 
         stacked = (jnp.arange(len(state.keys)), state.keys, state.values)
-        x, _ = jax.lax.scan(body, self.embedding[...][ids], stacked)
+        x, _ = jax.lax.scan(body, self._embedded(ids), stacked)
         last = self.layer(len(state.keys))
         normed = last.attention_norm(x)
         k = state.followed(state.last_keys, last.keys(normed, table))
@@ -243,9 +252,19 @@ class Decoder(nnx.Module):
         q = jnp.take_along_axis(last.queries(normed, table), jnp.maximum(observed, 0)[..., None, None], axis=1)
         return q, k, jnp.where(observed < 0, -1, state.lengths[:, None] + observed)
 
-    def _table(self, tokens: jax.Array, lengths: jax.Array) -> Table:
-        """The rotary table of prompts that begin at position 0, ids or x [B, S, ...]."""
-        return rotary_table(self.config, jnp.arange(tokens.shape[1])[None], lengths)
+    def _embedded(self, ids: jax.Array) -> jax.Array:
+        """[...] -> [..., D]."""
+        table = self.embedding[...]
+        if len(table) == self.config.vocab:
+            return table[ids]
+        own = ids - sharding.part("model") * len(table)
+        here = (own >= 0) & (own < len(table))
+        return sharding.total(jnp.where(here[..., None], table[jnp.where(here, own, 0)], 0), "model")
+
+    def _table(self, tokens: jax.Array, lengths: jax.Array, pattern: TriShape | None) -> Table:
+        """The rotary table of prompts that begin at position 0, of this device's part of ids or x [B, S, ...]."""
+        positions = sequence.cut(mirrored=pattern is None).positions(tokens.shape[1])
+        return rotary_table(self.config, positions[None], lengths)
 
     def prefill(
         self, ids: jax.Array, lengths: jax.Array, positions: jax.Array, cache: KVCache
@@ -267,7 +286,7 @@ class Decoder(nnx.Module):
             x, k, v = self._through(index, x, table, lengths, None)
             return x, cache.write_prompt(index, k, v)
 
-        x, cache = jax.lax.fori_loop(0, self.config.layers, body, (self.embedding[...][ids], cache))
+        x, cache = jax.lax.fori_loop(0, self.config.layers, body, (self._embedded(ids), cache))
         last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
         return self.logits(last), cache.advanced_to(lengths)
 
@@ -286,7 +305,7 @@ class Decoder(nnx.Module):
             attended = attention.one_row(q, k, v, lengths=lengths, window=self._window(index))
             return layer.close(x, attended, 1), cache
 
-        x, cache = jax.lax.fori_loop(0, self.config.layers, body, (self.embedding[...][ids[:, None]], cache))
+        x, cache = jax.lax.fori_loop(0, self.config.layers, body, (self._embedded(ids[:, None]), cache))
         return self.logits(x[:, 0]), cache.advanced_to(lengths)
 
     def logits(self, x: jax.Array) -> jax.Array:
@@ -303,5 +322,8 @@ class Decoder(nnx.Module):
                 products = jnp.tensordot(
                     table, normed, (1, -1), precision=precision, preferred_element_type=jnp.float32
                 )
-                return jnp.moveaxis(products, 0, -1)
-            return self.lm_head(normed, result=jnp.float32)
+                logits = jnp.moveaxis(products, 0, -1)
+            else:
+                logits = self.lm_head(normed, result=jnp.float32)
+            whole = logits.shape[-1] == self.config.vocab
+            return logits if whole else sharding.gathered(logits, "model", logits.ndim - 1)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from gemfilter_jax import sharding
 from gemfilter_jax.config import ModelConfig
 from gemfilter_jax.models.rotary import rotate
 from gemfilter_jax.precision import precision_of
@@ -44,10 +45,16 @@ def _matmul(x: jax.Array, kernel: jax.Array, result: jax.typing.DTypeLike) -> ja
     return jnp.matmul(x, kernel.astype(x.dtype), precision=precision_of(x), preferred_element_type=result)
 
 
-def _in_int8(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
-    """x as int8, symmetric with one float32 scale for all that lies along an axis, and the scales."""
+def _in_int8(x: jax.Array, axis: int, cut: str | None) -> tuple[jax.Array, jax.Array]:
+    """x as int8, symmetric with one float32 scale for all that lies along an axis, and the scales.
+
+    Args:
+      cut: the mesh axis over which that axis of x is cut, None if it is not.
+    """
     wide = x.astype(jnp.float32)
-    scale = jnp.maximum(jnp.abs(wide).max(axis=axis, keepdims=True), jnp.finfo(jnp.float32).tiny) / _LARGEST_INT8
+    peak = jnp.abs(wide).max(axis=axis, keepdims=True)
+    peak = peak if cut is None else sharding.largest(peak, cut)
+    scale = jnp.maximum(peak, jnp.finfo(jnp.float32).tiny) / _LARGEST_INT8
     return jnp.round(wide / scale).astype(jnp.int8), scale
 
 
@@ -69,20 +76,26 @@ class Linear(nnx.Module):
         self.scale = nnx.Param(jnp.ones((outputs,), jnp.float32), axes=axes[1:]) if weights.int8 else None
         self.bias = nnx.Param(jnp.zeros((outputs,), weights.dtype), axes=axes[1:]) if bias else None
         self.int8_products = False
+        self.cut = sharding.RULES[axes[0]]
 
     def __call__(self, x: jax.Array, *, result: jax.typing.DTypeLike | None = None) -> jax.Array:
-        """[..., in] -> [..., out], in x's dtype or that of `result`."""
+        """[..., in] -> [..., out], in x's dtype or that of `result`; the whole sum where `in` is cut over a mesh."""
         result = result or x.dtype
+        kernel, scale = self.kernel[...], None if self.scale is None else self.scale[...]
         if self.int8_products:
-            kernel, scale = _in_int8(self.kernel[...], 0) if self.scale is None else (self.kernel[...], self.scale[...])
-            rows, row_scales = _in_int8(x, -1)
-            products = jnp.matmul(rows, kernel, preferred_element_type=jnp.int32)
+            if scale is None:
+                kernel, scale = _in_int8(kernel, 0, self.cut)
+            rows, row_scales = _in_int8(x, -1, self.cut)
+            products = self._total(jnp.matmul(rows, kernel, preferred_element_type=jnp.int32))
             y = (products * (row_scales * scale)).astype(result)
-        elif self.scale is None:
-            y = _matmul(x, self.kernel[...], result)
+        elif scale is None:
+            y = self._total(_matmul(x, kernel, result))
         else:
-            y = (_matmul(x, self.kernel[...], jnp.float32) * self.scale[...]).astype(result)
+            y = (self._total(_matmul(x, kernel, jnp.float32)) * scale).astype(result)
         return y if self.bias is None else y + self.bias[...]
+
+    def _total(self, products: jax.Array) -> jax.Array:
+        return products if self.cut is None else sharding.total(products, self.cut)
 
 
 class RMSNorm(nnx.Module):
@@ -123,6 +136,18 @@ class DecoderLayer(nnx.Module):
         self.gate = linear(c.width, c.mlp_width, ("embed", "mlp"), c.mlp_bias)
         self.up = linear(c.width, c.mlp_width, ("embed", "mlp"), c.mlp_bias)
         self.down = linear(c.mlp_width, c.width, ("mlp", "embed"), c.mlp_bias)
+
+    def keep_own_key_head(self, kv_heads: int) -> None:
+        """Where several parts of the model share each of all key heads, keep only the one that this part needs."""
+        parts = sharding.parts("model")
+        if parts <= kv_heads:
+            return
+        start = sharding.part("model") // (parts // kv_heads) * self.head_width
+
+        def kept(parameter: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(parameter, start, self.head_width, axis=-1)
+
+        self.key, self.value = jax.tree.map(kept, self.key), jax.tree.map(kept, self.value)
 
     def multiply_in_int8(self) -> None:
         """Round weights and activations to int8 before every matrix product from now on; see `Decoder.in_int8`."""

@@ -8,6 +8,7 @@ have not run on a GPU yet.
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -31,10 +32,14 @@ def masses(
     from_sink: bool,
     window: jax.typing.ArrayLike | None,
     largest_exponent: float,
+    merge: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
     """exp(logit - reference) of every key, summed over rows and weighted heads; arguments as in `scoring.score_keys`.
 
     The reference is a row's log-sum-exp over the keys it sees, or its logit with key 0 (`from_sink`).
+
+    Args:
+      merge: makes of references [B, ...] over these keys those over keys elsewhere too; None if there are none.
 
     Raises:
       NotImplementedError: the GPU is not a Hopper, q and k are not both bfloat16 or both float16, E is not a multiple
@@ -58,6 +63,7 @@ def masses(
     else:
         of_spans = (len(k), _spans(k), *queries.shape[1:3])
         reference = jax.nn.logsumexp(_call(_log_sum_exp, of_spans, blocks, k, queries, seen), axis=1)
+    reference = reference if merge is None else merge(reference)
     to_sum = jnp.concatenate([reference[:, :, None], _padded(row_weights)], axis=2)
     of_groups = (len(k), groups, len(weights), pl.cdiv(length, _BLOCK) * _BLOCK)
     kernel = functools.partial(_masses, largest_exponent=largest_exponent)

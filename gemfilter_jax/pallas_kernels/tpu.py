@@ -5,6 +5,7 @@ XLA keeps what rotary writes with the sequence last, so that no copy is made, an
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -29,10 +30,14 @@ def masses(
     from_sink: bool,
     window: jax.typing.ArrayLike | None,
     largest_exponent: float,
+    merge: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
     """exp(logit - reference) of every key, summed over rows and weighted heads; arguments as in `scoring.score_keys`.
 
     The reference is a row's log-sum-exp over the keys it sees, or over key 0 alone (`from_sink`).
+
+    Args:
+      merge: makes of references [B, ...] over these keys those over keys elsewhere too; None if there are none.
 
     Raises:
       NotImplementedError: q and k are not both bfloat16 or both float32, or no block of 128 keys fits in VMEM.
@@ -54,6 +59,7 @@ def masses(
     blocks = jnp.maximum(jnp.stack([first.min(axis=1), rows.max(axis=1)], axis=1), 0) // block
     to_reference = (jnp.zeros_like(blocks), jnp.zeros_like(seen)) if from_sink else (blocks, seen)
     reference = _call(_log_sum_exp, *to_reference, queries, keys, block=block)
+    reference = reference if merge is None else merge(reference)
     kernel = functools.partial(_masses, largest_exponent=largest_exponent)
     scores = _call(kernel, blocks, seen, queries, keys, reference, weights, block=block)
     return scores if head_weights.ndim == 2 else scores[:, 0]
