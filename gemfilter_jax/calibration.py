@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gemfilter_jax import passes, segments, selection, two_stage
+from gemfilter_jax import passes, segments, selection, sharding, two_stage
 from gemfilter_jax.buckets import bucket
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.evaluation import facts
@@ -67,9 +67,10 @@ def record(model: Pipeline, case: Case, method: GemFilter, layers: int) -> Recor
         message_format=model.message_format,
     )
     width = bucket(len(prompt))
-    ids, lengths = passes.pad([prompt.ids], width)
-    tails = np.array([prompt.tail], np.int32)
-    scores = two_stage.score_heads(
+    rows = sharding.evenly([prompt], sharding.shape_of(model.checkpoint.model.mesh).rows)
+    ids, lengths = passes.pad([row.ids for row in rows], width)
+    tails = np.array([row.tail for row in rows], np.int32)
+    of_rows = two_stage.score_heads(
         passes.filtering(model.checkpoint.model, method),
         ids,
         lengths,
@@ -78,7 +79,8 @@ def record(model: Pipeline, case: Case, method: GemFilter, layers: int) -> Recor
         window=method.window,
         normalisation=method.normalisation,
         pattern=passes.pattern(method, len(prompt) - prompt.head - prompt.tail, tails),
-    ).reshape(-1, width)
+    )
+    scores = sharding.to_host(of_rows)[:, 0].reshape(-1, width)
     numbers = np.full(width, len(prompt))
     numbers[: len(prompt)] = segments.chunks(prompt, method)
     required = np.ones(width, bool)
@@ -89,7 +91,7 @@ def record(model: Pipeline, case: Case, method: GemFilter, layers: int) -> Recor
 
     ranked = _rank(
         scores,
-        jnp.broadcast_to(lengths, len(scores)),
+        jnp.broadcast_to(lengths[:1], len(scores)),
         required=for_each_head(required),
         pooling=method.pooling,
         kernel=method.kernel,

@@ -13,7 +13,7 @@ import numpy as np
 from gemfilter_jax import filtering, passes, reading, sharding, two_stage
 from gemfilter_jax.attention import check_runs_here
 from gemfilter_jax.buckets import bucket
-from gemfilter_jax.checkpoints import Checkpoint, Opened, load_checkpoint
+from gemfilter_jax.checkpoints import Checkpoint, Opened, load_checkpoint, mesh_for, open_checkpoint
 from gemfilter_jax.checkpoints.weights import BytesRead
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.methods import Full, GemFilter, Method
@@ -225,14 +225,11 @@ class Pipeline:
                 f"{model.config.context}; keep fewer"
             )
         width = bucket(longest)
-        parts = sharding.shape_of(model.mesh).rows
-        rows = sharding.evenly(kept, parts)
-        ids, lengths = passes.pad(
-            sharding.evenly([prompt.ids[rows] for prompt, rows in zip(prompts, kept, strict=True)], parts), width
-        )
+        rows = sharding.evenly(list(zip(prompts, kept, strict=True)), sharding.shape_of(model.mesh).rows)
+        ids, lengths = passes.pad([prompt.ids[indices] for prompt, indices in rows], width)
         positions = jnp.arange(width, dtype=jnp.int32)[None].repeat(len(rows), axis=0)
         if isinstance(method, GemFilter) and method.positions == "original":
-            positions, _ = passes.pad(rows, width)
+            positions, _ = passes.pad([indices for _, indices in rows], width)
         with watch.stage("prefill"):
             state = two_stage.begin(
                 model,
@@ -250,8 +247,8 @@ class Pipeline:
             state = two_stage.finish(model, state) if on_text is None else self._stream(state, on_text)
             tokens, counts, stopped = sharding.to_host((state.tokens, state.lengths, state.stopped))
         return [
-            self._result(prompt, rows, row_tokens[:count], bool(ended), watch.timings)
-            for prompt, rows, row_tokens, count, ended in zip(prompts, kept, tokens, counts, stopped, strict=False)
+            self._result(*row, row_tokens[:count], bool(ended), watch.timings)
+            for row, row_tokens, count, ended in list(zip(rows, tokens, counts, stopped, strict=True))[: len(prompts)]
         ]
 
     def _stream(self, state: two_stage.DecodeState, on_text: Callable[[str], None]) -> two_stage.DecodeState:
@@ -359,7 +356,7 @@ def load(
     dtype: str = "auto",
     weights: str = "float",
     filter_layers: int | None = None,
-    mesh: jax.sharding.Mesh | None = None,
+    mesh: jax.sharding.Mesh | str | None = None,
     preset: Preset | None = None,
     chat_template: bool = True,
     message_format: str = MESSAGE_FORMAT,
@@ -373,7 +370,8 @@ def load(
       dtype: "float32", "bfloat16", or "auto": bfloat16 on accelerators, float32 on CPU.
       weights: "float", or "int8": matrices as int8, about half the bytes of bfloat16.
       filter_layers: load only so many layers, which is enough for `select` at a filter layer below that number.
-      mesh: devices to run on; see `sharding.make_mesh`.
+      mesh: devices to run on: a mesh of `sharding.make_mesh`, its shape, such as "seq:4,model:2", or "auto" for all
+        devices; None for one.
       preset: filter settings; those known for the model if None.
       chat_template: wrap prompts in the tokenizer's chat template, if it has one.
       message_format: see `prompts.encode`.
@@ -383,6 +381,9 @@ def load(
     Raises:
       UserError: the model cannot be loaded, or the attention not run here, with the reason.
     """
+    if isinstance(mesh, str):
+        source = open_checkpoint(source) if isinstance(source, str) else source
+        mesh = mesh_for(source, mesh, dtype=dtype, weights=weights, filter_layers=filter_layers)
     _check_attention(mesh, attention)
     checkpoint = load_checkpoint(
         source, dtype, weights=weights, filter_layers=filter_layers, mesh=mesh, progress=progress

@@ -105,7 +105,7 @@ def key(model: Decoder, prompt: Prompt, method: GemFilter) -> str:
     digest = hashlib.sha256(_VERSION.encode())
     digest.update(repr(model.config).encode())
     for parameter in jax.tree.leaves(model):
-        digest.update(np.asarray(parameter[..., -1, :] if parameter.ndim > 1 else parameter).tobytes())
+        digest.update(sharding.to_host(parameter[..., -1, :] if parameter.ndim > 1 else parameter).tobytes())
     how = (method.filter_layer, method.filter_attention, method.band, method.first_tokens, method.filter_precision)
     digest.update(repr((*how, segments.reach(model.config, method))).encode())
     for one in _beginnings(model.config, prompt, method):

@@ -51,6 +51,18 @@ def test_unknown_flag_or_value(command, flag, said):
     assert_mistake(gemfilter(command, flag, stdin=TEXT.encode()), *said)
 
 
+@pytest.mark.parametrize(
+    ("mesh", "said"),
+    [
+        ("seq:0", ("mesh 'seq:0'", "data:N, seq:N, model:N")),
+        ("model:2", ("model:2", "9 query heads", "model:1, 3")),
+        ("seq:64", ("takes 64 devices; there are",)),
+    ],
+)
+def test_mesh_that_there_is_not(mesh, said):
+    assert_mistake(gemfilter("generate", f"--mesh={mesh}", stdin=TEXT.encode()), *said)
+
+
 def test_unknown_command():
     assert_mistake(gemfilter("generat"), "'generat'", "'generate'")
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import pathlib
 import re
 
@@ -14,9 +15,10 @@ from gemfilter_jax.checkpoints import embedded, hub, orbax
 from gemfilter_jax.checkpoints.gguf import GGUFFile
 from gemfilter_jax.checkpoints.huggingface import HuggingFaceFolder
 from gemfilter_jax.checkpoints.orbax import OrbaxFolder
-from gemfilter_jax.checkpoints.weights import BytesRead, Loading
+from gemfilter_jax.checkpoints.weights import BytesRead, Loading, abstract_decoder
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.models.decoder import Decoder
+from gemfilter_jax.sharding import MeshShape
 
 DTYPES = ("auto", "float32", "bfloat16")
 WEIGHTS = ("float", "int8")
@@ -75,7 +77,7 @@ def load_checkpoint(
     if mesh is not None:
         sharding.check(opened.config, sharding.shape_of(mesh))
     loading = Loading(
-        dtype=jnp.dtype(dtype if dtype != "auto" else "float32" if jax.default_backend() == "cpu" else "bfloat16"),
+        dtype=_dtype(dtype),
         int8=weights == "int8",
         filter_layers=filter_layers,
         mesh=None if mesh is None or mesh.size == 1 else mesh,
@@ -83,6 +85,44 @@ def load_checkpoint(
     )
     tokenizer, stop_tokens = opened.tokenizer(), opened.stop_tokens()
     return Checkpoint(opened.name, opened.decoder(loading), tokenizer, stop_tokens)
+
+
+def mesh_for(
+    opened: Opened,
+    shape: str,
+    *,
+    dtype: str = "auto",
+    weights: str = "float",
+    filter_layers: int | None = None,
+    many_prompts: bool = False,
+) -> jax.sharding.Mesh | None:
+    """The mesh of a shape such as "seq:4,model:2", or with "auto" of all devices; None where that is one.
+
+    Args:
+      dtype, weights, filter_layers: how the model will be loaded, see `load_checkpoint`.
+      many_prompts: see `sharding.automatic_shape`.
+
+    Raises:
+      UserError: there is no such shape, or it does not fit the model or the devices.
+    """
+    if shape == "auto":
+        loading = Loading(_dtype(dtype), int8=weights == "int8", filter_layers=filter_layers)
+        leaves = jax.tree.leaves(abstract_decoder(opened.config, loading))
+        wanted = sharding.automatic_shape(
+            opened.config,
+            jax.device_count(),
+            weights=sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves),
+            memory=(jax.local_devices()[0].memory_stats() or {}).get("bytes_limit"),
+            many_prompts=many_prompts,
+        )
+    else:
+        wanted = MeshShape.parse(shape)
+        sharding.check(opened.config, wanted)
+    return None if wanted.size == 1 else sharding.make_mesh(wanted)
+
+
+def _dtype(name: str) -> jnp.dtype:
+    return jnp.dtype(name if name != "auto" else "float32" if jax.default_backend() == "cpu" else "bfloat16")
 
 
 def open_checkpoint(source: str) -> Opened:

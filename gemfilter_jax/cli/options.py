@@ -6,7 +6,7 @@ import pathlib
 import sys
 from typing import TYPE_CHECKING, Any
 
-from absl import flags
+from absl import flags, logging
 
 from gemfilter_jax.errors import UserError
 
@@ -56,6 +56,13 @@ def define_model(values: flags.FlagValues) -> None:
         "auto",
         ["auto", "xla", "splash", "cudnn"],
         "What computes attention to prompts: xla anywhere, splash on TPU, cudnn on GPU; auto is the first that serves.",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "mesh",
+        "auto",
+        "How devices share the work, as data:N,seq:N,model:N: batches, long prompts, and the model's heads and MLP are "
+        "cut into so many parts; auto takes all devices, as few for the model as hold it.",
         flag_values=values,
     )
 
@@ -215,17 +222,21 @@ def read_prompt(values: flags.FlagValues) -> str:
 
 
 def load_pipeline(
-    values: flags.FlagValues, *, layers: "Callable[[Preset, ModelConfig], int] | None" = None
+    values: flags.FlagValues,
+    *,
+    layers: "Callable[[Preset, ModelConfig], int] | None" = None,
+    many_prompts: bool = False,
 ) -> "Pipeline":
-    """Load --model, with compiled programs kept in the user's cache folder between runs.
+    """Load --model onto --mesh, with compiled programs kept in the user's cache folder between runs.
 
     Args:
       layers: how many first layers are enough, without an LM head; None for the whole model.
+      many_prompts: rather cut batches than prompts.
     """
     import jax
     from rich.console import Console
 
-    from gemfilter_jax import checkpoints, pipeline, presets, prompts
+    from gemfilter_jax import checkpoints, pipeline, presets, prompts, sharding
     from gemfilter_jax.reporting import terminal
 
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "gemfilter_jax"
@@ -237,12 +248,15 @@ def load_pipeline(
     else:
         preset = presets.preset_for(opened.config)
     filter_layers = min(layers(preset, opened.config), opened.config.layers) if layers else None
+    held = {"dtype": values.dtype, "weights": values.weights, "filter_layers": filter_layers}
+    mesh = checkpoints.mesh_for(opened, values.mesh, many_prompts=many_prompts, **held)
+    if mesh is not None:
+        logging.info("mesh: %s", sharding.shape_of(mesh))
     with terminal.loading_progress(Console(stderr=True)) as progress:
         return pipeline.load(
             opened,
-            dtype=values.dtype,
-            weights=values.weights,
-            filter_layers=filter_layers,
+            **held,
+            mesh=mesh,
             preset=preset,
             chat_template=values.chat_template,
             message_format=values.message_format or prompts.MESSAGE_FORMAT,

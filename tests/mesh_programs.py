@@ -1,0 +1,98 @@
+"""Answers of a tiny model on every mesh that 8 and 4 devices make, as JSON; run in a process that has 8 devices."""
+
+import dataclasses
+import json
+import pathlib
+import random
+import sys
+
+import jax.numpy as jnp
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from gemfilter_jax import presets, sharding
+from gemfilter_jax.checkpoints import Checkpoint, HuggingFaceFolder
+from gemfilter_jax.checkpoints.weights import Loading
+from gemfilter_jax.errors import UserError
+from gemfilter_jax.methods import GemFilter
+from gemfilter_jax.pipeline import Pipeline
+from gemfilter_jax.sharding import MeshShape
+
+_WORDS = 90
+_DEFAULT = GemFilter(filter_layer=2, keep=48, window=16, chunk=8, sentences=False, band=24, first_tokens=4)
+_METHODS = {
+    "dense": dataclasses.replace(_DEFAULT, filter_attention="dense"),
+    "tri_shape": dataclasses.replace(_DEFAULT, filter_attention="tri_shape"),
+}
+_OTHERS = {
+    "paper": GemFilter.paper(filter_layer=2, keep=48),
+    "int8": dataclasses.replace(_DEFAULT, filter_precision="int8", head_weights=None),
+}
+
+
+def _shapes(devices: int) -> list[MeshShape]:
+    """All ways to write a number as data x seq x model."""
+    sizes = [size for size in range(1, devices + 1) if devices % size == 0]
+    found = (MeshShape(data, seq, devices // (data * seq)) for data in sizes for seq in sizes if data * seq <= devices)
+    return [shape for shape in found if shape.size == devices]
+
+
+def _pipeline(folder: HuggingFaceFolder, shape: MeshShape | None) -> Pipeline:
+    words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(_WORDS)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
+    mesh = shape and sharding.make_mesh(shape)
+    model = folder.decoder(Loading(jnp.dtype(jnp.float32), mesh=mesh))
+    checkpoint = Checkpoint("tiny", model, tokenizer, stop_tokens=())
+    return Pipeline(
+        checkpoint, presets.preset_for(folder.config), chat_template=False, message_format="{text} {question}"
+    )
+
+
+def _text(words: int) -> str:
+    return " ".join(f"w{random.Random(words + place).randrange(_WORDS)}" for place in range(words))
+
+
+def _kept(model: Pipeline, method: GemFilter) -> list[int]:
+    return list(model.select(_text(230), "w1 w2 w3", method=method)[0].indices)
+
+
+def _answers(model: Pipeline, method: GemFilter) -> list[dict]:
+    """Of prompts that are kept whole, filtered in one pass, and filtered in segments."""
+    texts = [_text(words) for words in (20, 80, 230, 700)]
+    questions = ["w1 w2 w3", "w4 w5", "w6 w7 w8 w9", "w10"]
+    results = model.generate_batch(texts, questions, method=method, max_new_tokens=6)
+    return [{"kept": result.selection.indices, "tokens": result.tokens} for result in results]
+
+
+def _document(model: Pipeline) -> list[dict]:
+    document = model.document(_text(700), method=_METHODS["tri_shape"])
+    results = [document.ask(question, max_new_tokens=6) for question in ("w1 w2 w3", "w4 w5 w6")]
+    return [{"kept": result.selection.indices, "tokens": result.tokens} for result in results]
+
+
+def main(folder: str) -> None:
+    """Print {mesh: {what: result}}; "one" is a single device, other meshes may be {"refused": why}.
+
+    Answers are asked for once of the shapes that stage 2 does not tell apart; see `sharding.without_seq`.
+    """
+    opened, found, answered = HuggingFaceFolder(pathlib.Path(folder)), {}, set()
+    for shape in (None, *_shapes(8), *_shapes(4)):
+        try:
+            sharding.check(opened.config, shape or MeshShape())
+        except UserError as error:
+            found[str(shape)] = {"refused": str(error)}
+            continue
+        model = _pipeline(opened, shape)
+        made = found[str(shape) if shape else "one"] = {name: _kept(model, _METHODS[name]) for name in _METHODS}
+        alike = shape and (shape.rows, shape.model)
+        if alike not in answered:
+            made["answers"] = _answers(model, _METHODS["tri_shape"])
+            answered.add(alike)
+        if shape in (None, MeshShape(2, 2, 2)):
+            made |= {name: _answers(model, method) for name, method in _OTHERS.items()} | {"document": _document(model)}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
