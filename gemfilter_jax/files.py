@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Files and folders that appear whole or not at all, and text files as they are read."""
 
 import os
 import pathlib
@@ -42,6 +42,25 @@ def write_whole(path: str, content: str | bytes) -> None:
             raise
     aside.chmod(0o666 & ~_umask())
     aside.replace(target)
+
+
+def read_text(path: pathlib.Path, name: str) -> str:
+    """The text of a file; `name` stands for it in a `UserError`."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read ({error.strerror})") from error
+    except ValueError as error:  # the path holds a NUL
+        raise UserError(f"{name}: cannot be read ({error})") from error
+    return decoded(data, name)
+
+
+def decoded(data: bytes, name: str) -> str:
+    """UTF-8 as text; `name` stands for it in a `UserError`."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}: not UTF-8 (byte 0x{data[error.start]:02x} at offset {error.start})") from error
 
 
 def _umask() -> int:

@@ -80,6 +80,24 @@ class _Counter:
 
 def check(model: Decoder, prompt: Prompt, method: GemFilter) -> None:
     """Raise a `UserError` if `method` cannot serve this model and prompt."""
+    check_method(model, method)
+    config = model.config
+    required = prompt.head + prompt.tail
+    for keep in (*method.rounds, method.keep):
+        if method.keep_required and keep < min(required, len(prompt)):
+            raise UserError(
+                f"keep is {keep}, but the template and the question alone are {required} tokens; keep more than that"
+            )
+    segments.check_room(config, prompt, method)
+    if len(prompt) > config.context and method.positions == "original":
+        raise UserError(
+            f"original positions need a prompt within the model's context of {config.context} tokens, "
+            f"this one has {len(prompt)}"
+        )
+
+
+def check_method(model: Decoder, method: GemFilter) -> None:
+    """Raise a `UserError` if `method` cannot serve this model, whatever the prompt."""
     config = model.config
     if not 0 <= method.filter_layer < config.layers:
         raise UserError(
@@ -101,18 +119,6 @@ def check(model: Decoder, prompt: Prompt, method: GemFilter) -> None:
         )
     if method.head_weights is not None and len(method.head_weights) != config.heads:
         raise UserError(f"{len(method.head_weights)} head weights were given; the model has {config.heads} query heads")
-    required = prompt.head + prompt.tail
-    for keep in (*method.rounds, method.keep):
-        if method.keep_required and keep < min(required, len(prompt)):
-            raise UserError(
-                f"keep is {keep}, but the template and the question alone are {required} tokens; keep more than that"
-            )
-    segments.check_room(config, prompt, method)
-    if len(prompt) > config.context and method.positions == "original":
-        raise UserError(
-            f"original positions need a prompt within the model's context of {config.context} tokens, "
-            f"this one has {len(prompt)}"
-        )
     if method.order == "best_last" and method.positions == "original":
         raise UserError("original positions need order 'text'")
 

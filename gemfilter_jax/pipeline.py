@@ -4,7 +4,7 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from gemfilter_jax.errors import UserError
 from gemfilter_jax.methods import Full, GemFilter, Method
 from gemfilter_jax.passes import Progress
 from gemfilter_jax.presets import Preset, preset_for
-from gemfilter_jax.prompts import MESSAGE_FORMAT, Prompt, encode
+from gemfilter_jax.prompts import MESSAGE_FORMAT, Prompt, around, encode
 from gemfilter_jax.reading import Reading
 from gemfilter_jax.sampling import GREEDY, Sampling
 from gemfilter_jax.timing import Stopwatch
@@ -53,6 +53,16 @@ class KeptText:
         """The kept passages, in order."""
         return tuple(self.prompt[start:end] for start, end in self.spans)
 
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What JSON says of it."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "kept_tokens": self.kept_tokens,
+            "indices": self.indices,
+            "spans": self.spans,
+        }
+
 
 @dataclasses.dataclass(frozen=True)
 class Result:
@@ -72,6 +82,11 @@ class Result:
     stop_reason: str
     selection: KeptText
     timings: dict[str, float]
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What JSON says of it."""
+        return self.selection.fields | {"timings": self.timings, "text": self.text, "stop_reason": self.stop_reason}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +116,14 @@ class Pipeline:
         if rule not in RULES:
             raise UserError(f"rule {rule!r} is unknown; one of {', '.join(RULES)}")
         return self.preset.method(rule, keep, filter_layer)
+
+    def check(self, method: GemFilter, max_new_tokens: int) -> None:
+        """Raise a `UserError` if these settings can answer no prompt whatever."""
+        filtering.check_method(self.checkpoint.model, method)
+        around(self.checkpoint.tokenizer, "?", self.chat_template, self.message_format)
+        context = self.checkpoint.model.config.context
+        if max_new_tokens >= context:
+            raise UserError(f"max_new_tokens is {max_new_tokens}, but the model's context is {context}")
 
     def select(
         self,
@@ -144,7 +167,7 @@ class Pipeline:
         """
         watch, method = Stopwatch(), method or self.method()
         prompts, kept = self._filter([text], [question], method, watch, progress)
-        return self._answer(prompts, kept, method, max_new_tokens, sampling, seed, watch, on_text)[0]
+        return self._answer(prompts, kept, method, max_new_tokens, sampling, [seed], watch, on_text)[0]
 
     def generate_batch(
         self,
@@ -154,18 +177,25 @@ class Pipeline:
         method: Method | None = None,
         max_new_tokens: int = 128,
         sampling: Sampling = GREEDY,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         progress: Progress | None = None,
     ) -> list[Result]:
-        """Answer one question of each text in one batch; row i draws with seed + i. Otherwise as `generate`."""
+        """Answer one question of each text in one batch. Otherwise as `generate`.
+
+        Args:
+          seed: row i draws with seed + i, or with its own of several.
+        """
         questions = [None] * len(texts) if questions is None else questions
         if len(questions) != len(texts):
             raise UserError(f"{len(texts)} texts but {len(questions)} questions were given; give one for each text")
+        seeds = seed if isinstance(seed, Sequence) else [seed + row for row in range(len(texts))]
+        if len(seeds) != len(texts):
+            raise UserError(f"{len(texts)} texts but {len(seeds)} seeds were given; give one, or one for each text")
         if not texts:
             return []
         watch, method = Stopwatch(), method or self.method()
         prompts, kept = self._filter(texts, questions, method, watch, progress)
-        return self._answer(prompts, kept, method, max_new_tokens, sampling, seed, watch)
+        return self._answer(prompts, kept, method, max_new_tokens, sampling, seeds, watch)
 
     def document(
         self, text: str, *, method: GemFilter | None = None, cache: str | os.PathLike | None = None
@@ -211,7 +241,7 @@ class Pipeline:
         method: Method,
         max_new_tokens: int,
         sampling: Sampling,
-        seed: int,
+        seeds: Sequence[int],
         watch: Stopwatch,
         on_text: Callable[[str], None] | None = None,
     ) -> list[Result]:
@@ -225,7 +255,8 @@ class Pipeline:
                 f"{model.config.context}; keep fewer"
             )
         width = bucket(longest)
-        rows = sharding.evenly(list(zip(prompts, kept, strict=True)), sharding.shape_of(model.mesh).rows)
+        parts = sharding.shape_of(model.mesh).rows
+        rows = sharding.evenly(list(zip(prompts, kept, strict=True)), parts)
         ids, lengths = passes.pad([prompt.ids[indices] for prompt, indices in rows], width)
         positions = jnp.arange(width, dtype=jnp.int32)[None].repeat(len(rows), axis=0)
         if isinstance(method, GemFilter) and method.positions == "original":
@@ -238,7 +269,7 @@ class Pipeline:
                 positions,
                 stop_tokens=jnp.asarray(self.checkpoint.stop_tokens or (-1,), jnp.int32),
                 sampling=jax.tree.map(jnp.float32, sampling),
-                seeds=jnp.arange(len(rows), dtype=jnp.uint32) + jnp.uint32(seed),
+                seeds=jnp.asarray(np.array([seed % 2**32 for seed in sharding.evenly(seeds, parts)], np.uint32)),
                 limit=jnp.int32(max_new_tokens),
                 capacity=bucket(max_new_tokens),
             )
@@ -305,7 +336,7 @@ class Document:
         """Answer a question; arguments and errors as of `Pipeline.generate`. `timings` has "read" if the text was."""
         watch = Stopwatch()
         prompt, kept = self._filter(question, watch, progress)
-        return self._model._answer([prompt], [kept], self._method, max_new_tokens, sampling, seed, watch, on_text)[0]
+        return self._model._answer([prompt], [kept], self._method, max_new_tokens, sampling, [seed], watch, on_text)[0]
 
     def select(self, question: str, *, progress: Progress | None = None) -> tuple[KeptText, dict[str, float]]:
         """What is kept for a question, and seconds per stage; see `Pipeline.select`."""

@@ -86,15 +86,11 @@ def encode(
     """
     if not text.strip():
         raise UserError("the prompt is empty; give some text")
-    use_template = chat_template and bool(tokenizer.chat_template)
-    before, after = _template_around(tokenizer) if use_template else ("", "")
-    if question is not None:
-        message_head, message_tail = _message_around(message_format, question)
-        before, after = before + message_head, message_tail + after
+    before, after = around(tokenizer, question, chat_template, message_format)
     whole = f"{before}{text}{after}"
     encoded = tokenizer(
         whole,
-        add_special_tokens=not use_template,
+        add_special_tokens=not _has_template(tokenizer, chat_template),
         return_offsets_mapping=True,
         return_special_tokens_mask=True,
         verbose=False,
@@ -112,6 +108,21 @@ def encode(
         tail = min(tail + window, len(offsets) - head)
     ids = np.asarray(encoded["input_ids"], np.int32)
     return Prompt(text, ids, np.clip(offsets - first, 0, len(text)), head, tail)
+
+
+def around(
+    tokenizer: PreTrainedTokenizerBase, question: str | None, chat_template: bool, message_format: str
+) -> tuple[str, str]:
+    """What a prompt holds before and after its document; arguments and errors as of `encode`."""
+    before, after = _template_around(tokenizer) if _has_template(tokenizer, chat_template) else ("", "")
+    if question is None:
+        return before, after
+    message_head, message_tail = _message_around(message_format, question)
+    return before + message_head, message_tail + after
+
+
+def _has_template(tokenizer: PreTrainedTokenizerBase, chat_template: bool) -> bool:
+    return chat_template and bool(tokenizer.chat_template)
 
 
 def _message_around(message_format: str, question: str) -> tuple[str, str]:

@@ -6,7 +6,9 @@ import pathlib
 import random
 import sys
 
+import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -15,6 +17,7 @@ from gemfilter_jax.checkpoints import Checkpoint, HuggingFaceFolder
 from gemfilter_jax.checkpoints.weights import Loading
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.methods import GemFilter
+from gemfilter_jax.models.decoder import Decoder
 from gemfilter_jax.pipeline import Pipeline
 from gemfilter_jax.sharding import MeshShape
 
@@ -37,16 +40,19 @@ def _shapes(devices: int) -> list[MeshShape]:
     return [shape for shape in found if shape.size == devices]
 
 
-def _pipeline(folder: HuggingFaceFolder, shape: MeshShape | None) -> Pipeline:
+def _pipeline(one: Decoder, shape: MeshShape | None) -> Pipeline:
+    """A model on one device, or the same on a mesh of a shape."""
     words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(_WORDS)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
-    mesh = shape and sharding.make_mesh(shape)
-    model = folder.decoder(Loading(jnp.dtype(jnp.float32), mesh=mesh))
+    model = one
+    if shape is not None:
+        mesh = sharding.make_mesh(shape)
+        layouts = jax.tree.map(lambda spec: NamedSharding(mesh, spec), sharding.specs(one, mesh))
+        model = jax.device_put(one, layouts)
+        model.mesh = mesh
     checkpoint = Checkpoint("tiny", model, tokenizer, stop_tokens=())
-    return Pipeline(
-        checkpoint, presets.preset_for(folder.config), chat_template=False, message_format="{text} {question}"
-    )
+    return Pipeline(checkpoint, presets.preset_for(one.config), chat_template=False, message_format="{text} {question}")
 
 
 def _text(words: int) -> str:
@@ -57,11 +63,10 @@ def _kept(model: Pipeline, method: GemFilter) -> list[int]:
     return list(model.select(_text(230), "w1 w2 w3", method=method)[0].indices)
 
 
-def _answers(model: Pipeline, method: GemFilter) -> list[dict]:
-    """Of prompts that are kept whole, filtered in one pass, and filtered in segments."""
-    texts = [_text(words) for words in (20, 80, 230, 700)]
-    questions = ["w1 w2 w3", "w4 w5", "w6 w7 w8 w9", "w10"]
-    results = model.generate_batch(texts, questions, method=method, max_new_tokens=6)
+def _answers(model: Pipeline, method: GemFilter, *words: int) -> list[dict]:
+    questions = ["w1 w2 w3", "w4 w5", "w6 w7 w8 w9"]
+    texts = [_text(count) for count in words]
+    results = model.generate_batch(texts, questions[: len(texts)], method=method, max_new_tokens=6)
     return [{"kept": result.selection.indices, "tokens": result.tokens} for result in results]
 
 
@@ -76,21 +81,24 @@ def main(folder: str) -> None:
 
     Answers are asked for once of the shapes that stage 2 does not tell apart; see `sharding.without_seq`.
     """
-    opened, found, answered = HuggingFaceFolder(pathlib.Path(folder)), {}, set()
+    one = HuggingFaceFolder(pathlib.Path(folder)).decoder(Loading(jnp.dtype(jnp.float32)))
+    found, answered = {}, set()
     for shape in (None, *_shapes(8), *_shapes(4)):
         try:
-            sharding.check(opened.config, shape or MeshShape())
+            sharding.check(one.config, shape or MeshShape())
         except UserError as error:
             found[str(shape)] = {"refused": str(error)}
             continue
-        model = _pipeline(opened, shape)
+        model = _pipeline(one, shape)
         made = found[str(shape) if shape else "one"] = {name: _kept(model, _METHODS[name]) for name in _METHODS}
         alike = shape and (shape.rows, shape.model)
         if alike not in answered:
-            made["answers"] = _answers(model, _METHODS["tri_shape"])
+            made["answers"] = _answers(model, _METHODS["tri_shape"], 230)
             answered.add(alike)
         if shape in (None, MeshShape(2, 2, 2)):
-            made |= {name: _answers(model, method) for name, method in _OTHERS.items()} | {"document": _document(model)}
+            # Prompts that are kept whole, filtered in one pass, and in segments.
+            made |= {name: _answers(model, method, 20, 230, 700) for name, method in _OTHERS.items()}
+            made["document"] = _document(model)
     print(json.dumps(found))
 
 

@@ -156,6 +156,37 @@ def test_questions_that_cannot_be_asked(flags, said):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
+        (("--output=answers.jsonl",), ("--output", "needs --prompts")),
+        (("--batch=4",), ("--batch", "needs --prompts")),
+        (("--prompts=book.txt",), ("--prompts", "needs --output")),
+        (("--prompts=book.txt", "--output=."), ("--output=.", "is a folder")),
+        (("--prompts=book.txt", "--output=no/answers.jsonl"), ("--output=", "does not exist")),
+        (("--prompts=no.jsonl", "--output=answers.jsonl"), ("no.jsonl", "No such file")),
+        (("--prompts=book.txt", "--output=book.txt"), ("book.txt", "line 1 does not answer")),
+        (("--prompts=book.txt", "--output=answers.jsonl", "--batch=0"), ("--batch=0",)),
+        *(
+            (("--prompts=book.txt", "--output=answers.jsonl", flag), (name, "cannot be given with --prompts"))
+            for name, flag in [
+                ("--prompt_file", "--prompt_file=book.txt"),
+                ("--question", "--question=Why?"),
+                ("--format", "--format=json"),
+                ("--report", "--report=page.html"),
+                ("--show_kept", "--show_kept"),
+                ("--document_cache", "--document_cache=folder"),
+            ]
+        ),
+    ],
+)
+def test_requests_that_cannot_be_run(book, monkeypatch, flags, said):
+    monkeypatch.chdir(book.parent)
+    assert_mistake(gemfilter("generate", *flags), *said)
+    assert [path.name for path in book.parent.iterdir()] == [book.name]
+    assert book.read_text() == TEXT
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
         (("--tokens=100",), ("--tokens=100",)),
         (("--texts=no_such_folder",), ("no_such_folder", "is not a folder")),
         (("--output=no_such_folder/preset.json",), ("no_such_folder", "does not exist")),

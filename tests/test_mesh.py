@@ -28,7 +28,7 @@ _FAMILIES = {  # and the parts of the model axis that they admit
 
 def _on_eight(*arguments: str) -> str:
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # which compiles faster
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=900, check=False
     )

@@ -1,20 +1,36 @@
 """Answer questions of a long text from the few tokens that the model's early layers pick.
 
   gemfilter generate --prompt_file=book.txt --question="Who is the narrator?"
+  gemfilter generate --prompts=requests.jsonl --output=answers.jsonl
 
 The answer goes to standard output as it is written; tokens read and kept, layers run and seconds per stage go to
 standard error. JSON has prompt_tokens, kept_tokens, indices, spans (character offsets into the prompt), timings, text
 and stop_reason. --question may be given several times: the text is then read once for all of them, and JSON is one
 line for each, with the question.
+
+--prompts answers many requests, each a JSON object on a line of its own:
+
+  {"prompt_file": "book.txt", "question": "Who is the narrator?", "id": "book 1"}
+  {"prompt": "A long text, and the question that it ends in?"}
+
+prompt_file is relative to the folder of the requests; question and id, a string or a number, may be left out. --output
+gets one line for each request, in their order: request (its line, from 1), of (a digest of that line), id if it has
+one, and then either the JSON above, with timings of the whole batch, or error. Request n draws with --seed + n - 1.
+
+The output grows by whole lines. After a run that was cut off the same command goes on behind the last of them. Lines
+that are there stay, whatever the flags and whether they tell an answer or an error; if their requests have changed
+since, the run is refused. More requests may be added at the end.
 """
 
 import functools
 import json
+import pathlib
+import sys
 from typing import TYPE_CHECKING
 
 from absl import flags
 
-from gemfilter_jax import files
+from gemfilter_jax import files, requests
 from gemfilter_jax.cli import command, options
 from gemfilter_jax.errors import UserError
 
@@ -39,10 +55,60 @@ flags.DEFINE_multi_string(
     "What to ask of the text, may be given several times; without it the text ends in its own question.",
     flag_values=FLAGS,
 )
+flags.DEFINE_string("prompts", None, "Many requests, a JSON object a line, in place of one.", flag_values=FLAGS)
+flags.DEFINE_string("output", None, "With --prompts: the file that their answers are added to.", flag_values=FLAGS)
+flags.DEFINE_integer(
+    "batch", 8, "With --prompts: requests answered together; fewer need less memory.", lower_bound=1, flag_values=FLAGS
+)
+_OF_ONE = ("prompt_file", "question", "format", "report", "show_kept", "document_cache")
+_OF_MANY = ("output", "batch")
 
 
 def main(_: list[str]) -> None:
     """The command."""
+    if FLAGS.prompts is None:
+        _refuse(_OF_MANY, "needs --prompts")
+        _answer_one_text()
+    else:
+        _refuse(_OF_ONE, "cannot be given with --prompts; each request has a text and a question of its own")
+        _answer_requests()
+
+
+def _refuse(names: tuple[str, ...], reason: str) -> None:
+    given = [name for name in names if FLAGS[name].present]
+    if given:
+        raise UserError(f"--{given[0]} {reason}")
+
+
+def _answer_requests() -> None:
+    if FLAGS.output is None:
+        raise UserError("--prompts needs --output=FILE, which the answers are added to")
+    files.check_writable(FLAGS.output, "output")
+    begun = requests.resume(pathlib.Path(FLAGS.prompts), pathlib.Path(FLAGS.output))
+    failed = _answer_rest(begun) if begun.finished < begun.total else 0
+    answered = begun.total - begun.finished - failed
+    print(f"answered {answered:,}, failed {failed:,}, already there {begun.finished:,}", file=sys.stderr)
+
+
+def _answer_rest(begun: requests.Run) -> int:
+    from rich.console import Console
+
+    from gemfilter_jax.reporting import terminal
+
+    model = options.load_pipeline(FLAGS, many_prompts=True)
+    method = options.chosen_method(FLAGS, model)
+    with terminal.stages_progress(Console(stderr=True)) as progress:
+        return requests.answer(
+            model,
+            begun,
+            batch=FLAGS.batch,
+            method=method,
+            progress=functools.partial(progress, "answering"),
+            **options.answer_settings(FLAGS),
+        )
+
+
+def _answer_one_text() -> None:
     text = options.read_prompt(FLAGS)
     if FLAGS.report:
         files.check_writable(FLAGS.report, "report")
@@ -74,9 +140,8 @@ def _answer(model: "Pipeline", method: "GemFilter", question: str | None, ask: "
     with terminal.reading_progress(Console(stderr=True)) as progress:
         result = ask(on_text=None if as_json else terminal.write, progress=progress, **options.answer_settings(FLAGS))
     if as_json:
-        fields = options.kept_fields(result.selection, result.timings)
-        fields |= {"text": result.text, "stop_reason": result.stop_reason}
-        print(json.dumps(fields | {"question": question} if len(FLAGS.question) > 1 else fields))
+        asked = {"question": question} if len(FLAGS.question) > 1 else {}
+        print(json.dumps(result.fields | asked))
     else:
         print()
     if FLAGS.report:

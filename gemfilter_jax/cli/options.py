@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags, logging
 
+from gemfilter_jax import files
 from gemfilter_jax.errors import UserError
 
 if TYPE_CHECKING:  # commands parse their flags before they import JAX, so that a mistake is told at once
@@ -15,7 +16,7 @@ if TYPE_CHECKING:  # commands parse their flags before they import JAX, so that 
 
     from gemfilter_jax.config import ModelConfig
     from gemfilter_jax.methods import GemFilter, Method
-    from gemfilter_jax.pipeline import KeptText, Pipeline, Result
+    from gemfilter_jax.pipeline import Pipeline, Result
     from gemfilter_jax.presets import Preset
 
 _METHODS = ("full", "default", "paper")
@@ -205,17 +206,11 @@ def read_prompt(values: flags.FlagValues) -> str:
     if values.prompt_file is None:
         if sys.stdin.isatty():
             raise UserError("no prompt; give --prompt_file=FILE or send text to standard input")
-        name, data = "standard input", sys.stdin.buffer.read()
+        name = "standard input"
+        text = files.decoded(sys.stdin.buffer.read(), name)
     else:
         name = f"--prompt_file={values.prompt_file}"
-        try:
-            data = pathlib.Path(values.prompt_file).read_bytes()
-        except OSError as error:
-            raise UserError(f"{name}: cannot be read ({error.strerror})") from error
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name}: not UTF-8 (byte 0x{data[error.start]:02x} at offset {error.start})") from error
+        text = files.read_text(pathlib.Path(values.prompt_file), name)
     if not text.strip():
         raise UserError(f"{name}: the prompt is empty; give some text")
     return text
@@ -318,14 +313,3 @@ def tell_kept(values: flags.FlagValues, model: "Pipeline", method: "GemFilter", 
 def layers_run(model: "Pipeline", method: "GemFilter") -> str:
     """How much of the model stage 1 ran, for people."""
     return f"layers 0 to {method.filter_layer} of {model.checkpoint.model.config.layers} picked"
-
-
-def kept_fields(kept: "KeptText", timings: dict[str, float]) -> dict[str, Any]:
-    """What the JSON of every command says of the kept tokens."""
-    return {
-        "prompt_tokens": kept.prompt_tokens,
-        "kept_tokens": kept.kept_tokens,
-        "indices": kept.indices,
-        "spans": kept.spans,
-        "timings": timings,
-    }

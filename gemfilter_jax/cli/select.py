@@ -48,7 +48,7 @@ def main(_: list[str]) -> None:
     with terminal.reading_progress(Console(stderr=True)) as progress:
         kept, timings = model.select(text, FLAGS.question, method=method, progress=progress)
     if FLAGS.format == "json":
-        print(json.dumps(options.kept_fields(kept, timings)))
+        print(json.dumps(kept.fields | {"timings": timings}))
     elif sys.stdout.isatty():
         terminal.show_kept(Console(), kept)
     else:
