@@ -67,6 +67,7 @@ _LONG = 2**18
 _COMPILED = f"""
 import dataclasses
 import sys
+import jax
 import jax.numpy as jnp
 import tiny
 from gemfilter_jax import sharding, two_stage
