@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from gemfilter_jax import files
+from gemfilter_jax import distributed, files
 from gemfilter_jax.cli import command, options
 from gemfilter_jax.errors import UserError
 
@@ -33,6 +33,7 @@ options.define_filter(FLAGS)
 options.define_order(FLAGS)
 options.define_answer(FLAGS)
 options.define_document_cache(FLAGS)
+options.define_distributed(FLAGS)
 flags.DEFINE_multi_string(
     "question",
     [],
@@ -45,7 +46,8 @@ def main(_: list[str]) -> None:
     """The command."""
     text = options.read_prompt(FLAGS)
     if FLAGS.report:
-        files.check_writable(FLAGS.report, "report")
+        if distributed.is_first():
+            files.check_writable(FLAGS.report, "report")
         if len(FLAGS.question) > 1:
             raise UserError(f"--report={FLAGS.report}: shows one question; {len(FLAGS.question)} were given")
     if FLAGS.document_cache is not None and not FLAGS.question:
@@ -56,7 +58,7 @@ def main(_: list[str]) -> None:
     if len(FLAGS.question) > 1 or FLAGS.document_cache is not None:
         document = model.document(text, method=method, cache=FLAGS.document_cache)
         for question in FLAGS.question:
-            if FLAGS.format == "text":
+            if FLAGS.format == "text" and distributed.is_first():
                 print(f"{question}\n> " if len(FLAGS.question) > 1 else "", end="", flush=True)
             _answer(model, method, question, functools.partial(document.ask, question))
     else:
@@ -66,6 +68,10 @@ def main(_: list[str]) -> None:
 
 def _answer(model: "Pipeline", method: "GemFilter", question: str | None, ask: "Callable[..., Result]") -> None:
     """Ask one question and print what becomes of it; `ask` takes the settings of the answer."""
+    if not distributed.is_first():
+        ask(**options.answer_settings(FLAGS))
+        return
+
     from rich.console import Console
 
     from gemfilter_jax.reporting import html, terminal

@@ -1,5 +1,6 @@
 """Flags that several commands share, and what is made of them."""
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
+from gemfilter_jax import distributed
 from gemfilter_jax.errors import UserError
 
 if TYPE_CHECKING:  # commands parse their flags before they import JAX, so that a mistake is told at once
@@ -58,6 +60,45 @@ def define_model(values: flags.FlagValues) -> None:
         "What computes attention to prompts: xla anywhere, splash on TPU, cudnn on GPU; auto is the first that serves.",
         flag_values=values,
     )
+
+
+def define_distributed(values: flags.FlagValues) -> None:
+    """How several processes become one run; `command.run` joins them."""
+    flags.DEFINE_bool(
+        "distributed",
+        False,
+        "Be one process of a run of several, told by the environment (TPU VM pods, Slurm, Open MPI, Kubernetes).",
+        flag_values=values,
+    )
+    flags.DEFINE_string("coordinator", None, "HOST:PORT where the first of several listens.", flag_values=values)
+    flags.DEFINE_integer("processes", None, "How many processes there are.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("process", None, "Which one this is, counted from 0.", lower_bound=0, flag_values=values)
+
+
+def joined(values: flags.FlagValues) -> contextlib.AbstractContextManager[None]:
+    """The run that the flags of `define_distributed` tell of, if there are any.
+
+    Raises:
+      UserError: they do not fit together.
+    """
+    names = ("coordinator", "processes", "process")
+    given: dict[str, Any] = {name: values[name].value for name in names if name in values}
+    given = {name: value for name, value in given.items() if value is not None}
+    if "distributed" in values and values.distributed:
+        if given:
+            raise UserError(f"--{next(iter(given))}: --distributed takes it from the environment; give one of the two")
+        return distributed.joined()
+    if not given:
+        return contextlib.nullcontext()
+    if missing := [name for name in names if name not in given]:
+        raise UserError(f"--{missing[0]} is missing; --coordinator, --processes and --process go together")
+    coordinator, processes, process = (given[name] for name in names)
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 1 <= int(port) <= 65535:
+        raise UserError(f"--coordinator={coordinator}: expected HOST:PORT, such as 10.0.0.1:1234")
+    if process >= processes:
+        raise UserError(f"--process={process}: of {processes} expected 0 to {processes - 1}, counted from 0")
+    return distributed.joined(coordinator, processes, process)
 
 
 def define_filter(values: flags.FlagValues) -> None:
@@ -253,7 +294,7 @@ def load_pipeline(
 
 def chosen_method(values: flags.FlagValues, model: "Pipeline") -> "GemFilter":
     """--rule, --keep and --filter_layer over the model's preset; says so where the model has none."""
-    if model.preset.name == "none" and values.filter_layer is None:
+    if model.preset.name == "none" and values.filter_layer is None and distributed.is_first():
         print(model.preset.source, file=sys.stderr)
     return _method(values, model, values.rule)
 
