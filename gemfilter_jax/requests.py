@@ -16,7 +16,7 @@ import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from gemfilter_jax import files
+from gemfilter_jax import distributed, files
 from gemfilter_jax.errors import UserError
 
 if TYPE_CHECKING:  # so that a command's mistakes are told before JAX is imported
@@ -245,10 +245,8 @@ def _append(output: pathlib.Path, size: int, answers: Sequence[dict[str, Any]]) 
 
     Of several processes that answer the same requests only the first writes.
     """
-    import jax
-
     data = "".join(f"{json.dumps(line)}\n" for line in answers).encode()
-    if jax.process_index() == 0:
+    if distributed.is_first():
         try:
             with output.open("ab") as file:
                 file.truncate(size)

@@ -10,12 +10,11 @@ import sys
 import time
 
 import gguf_files
-import jax
 import numpy as np
 import pytest
 from model_files import GOLDEN, Folder
 
-from gemfilter_jax import pipeline, requests
+from gemfilter_jax import distributed, pipeline, requests
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.sampling import GREEDY, Sampling
 
@@ -294,7 +293,7 @@ def test_settings_that_serve_no_request_fail_no_request(model, tmp_path, setting
 
 def test_only_the_first_of_several_processes_writes(model, tmp_path, monkeypatch):
     asked, output = _write(tmp_path / "requests.jsonl", *_good(1)), tmp_path / "answers.jsonl"
-    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(distributed, "is_first", lambda: False)
     with pytest.raises(FileNotFoundError):
         _run(model, asked, output)
 

@@ -68,7 +68,7 @@ class OrbaxFolder:
         loading = dataclasses.replace(loading, int8=self._int8)
         leaves, structure = jax.tree_util.tree_flatten_with_path(abstract_decoder(self.config, loading))
         wanted = {parameter_name(path): leaf for path, leaf in leaves}
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         arguments = {
             name: ocp.ArrayRestoreArgs(
                 sharding=leaf.sharding or device,

@@ -8,7 +8,7 @@ import json
 
 from absl import flags
 
-from gemfilter_jax import files
+from gemfilter_jax import distributed, files
 from gemfilter_jax.cli import command, options
 
 FLAGS = flags.FlagValues()
@@ -16,6 +16,7 @@ options.define_model(FLAGS)
 options.define_filter(FLAGS)
 options.define_order(FLAGS)
 options.define_comparison(FLAGS, lengths=["1024", "2048", "4096"])
+options.define_distributed(FLAGS)
 flags.DEFINE_integer("max_new_tokens", 32, "Tokens that every run writes.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer("repeats", 3, "Timed runs of each, after one to compile.", lower_bound=1, flag_values=FLAGS)
 
@@ -24,7 +25,7 @@ _COLUMNS = ("method", "prompt", "kept", "filter s", "prefill s", "decode s", "to
 
 def main(_: list[str]) -> None:
     """The command."""
-    if FLAGS.output:
+    if FLAGS.output and distributed.is_first():
         files.check_writable(FLAGS.output, "output")
     lengths = options.lengths(FLAGS)
 
@@ -39,6 +40,8 @@ def main(_: list[str]) -> None:
     with console.status("measuring"):
         for made in bench.run(model, methods, lengths, new_tokens=FLAGS.max_new_tokens, repeats=FLAGS.repeats):
             rows += made
+    if not distributed.is_first():
+        return
     environment = bench.environment()
     title = f"{model.checkpoint.name} on {environment['device']}, {environment['machine']}, jax {environment['jax']}"
     console.print(terminal.table(title, _COLUMNS, [_cells(row) for row in rows]))

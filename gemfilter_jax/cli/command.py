@@ -1,11 +1,13 @@
 """What every command shares: flags parsed, help printed, mistakes told in one line with status 2."""
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from absl import app, flags, logging
 
+from gemfilter_jax.cli import options
 from gemfilter_jax.errors import UserError
 
 _MISTAKE = 2
@@ -42,18 +44,26 @@ def run(main: Callable[[list[str]], None], values: flags.FlagValues, doc: str, *
         return arguments
 
     def guarded(arguments: list[str]) -> None:
-        try:
+        # Mistakes are told within the run as well, because a process that leaves it by an exception ends there.
+        with _mistakes_told(arguments[0]), options.joined(values), _mistakes_told(arguments[0]):
             main(arguments[1:])
-        except UserError as error:
-            _fail(arguments[0], str(error))
-        except KeyboardInterrupt:
-            print(file=sys.stderr)
-            sys.exit(_INTERRUPTED)
-        except BrokenPipeError:
-            # The reader of our output has gone; nobody is left to tell.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     app.run(guarded, flags_parser=parse)
+
+
+@contextlib.contextmanager
+def _mistakes_told(program: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        _fail(program, str(error))
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        sys.exit(_INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of our output has gone; nobody is left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
 
 
 def _fail(program: str, message: str) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from gemfilter_jax import files
+from gemfilter_jax import distributed, files
 from gemfilter_jax.cli import command, options
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.evaluation import haystack
@@ -33,6 +33,7 @@ options.define_model(FLAGS)
 options.define_filter(FLAGS)
 options.define_order(FLAGS)
 options.define_comparison(FLAGS, lengths=["2048"])
+options.define_distributed(FLAGS)
 flags.DEFINE_enum("questions", "needles", ["needles", "held_out"], "What is asked.", flag_values=FLAGS)
 _HELD_OUT = [
     flags.DEFINE_integer("count", 60, "Questions of each length.", lower_bound=1, flag_values=FLAGS),
@@ -54,7 +55,7 @@ _COLUMNS = {
 
 def main(_: list[str]) -> None:
     """The command."""
-    if FLAGS.output:
+    if FLAGS.output and distributed.is_first():
         files.check_writable(FLAGS.output, "output")
     lengths = options.lengths(FLAGS)
     given = [flag.name for flag in _HELD_OUT if flag.present]
@@ -90,8 +91,10 @@ def main(_: list[str]) -> None:
     asking = {name: questions.Asking(model, method) for name, method in methods.items()}
     for name, case in track(asked, "asking", console=progress, transient=True):
         outcomes[name].append(asking[name](case, shared=FLAGS.per_text > 1))
-        if FLAGS.output:  # after each answer, so that a run cut short leaves what it has
+        if FLAGS.output and distributed.is_first():  # after each answer, so that a run cut short leaves what it has
             files.write_whole(FLAGS.output, json.dumps(heading | _result(methods, outcomes), indent=1) + "\n")
+    if not distributed.is_first():
+        return
     rows = _rows(methods, outcomes)
     Console().print(terminal.table(f"Hidden facts, {model.checkpoint.name}", _COLUMNS[FLAGS.questions], rows))
 

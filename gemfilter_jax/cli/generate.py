@@ -22,15 +22,17 @@ that are there stay, whatever the flags and whether they tell an answer or an er
 since, the run is refused. More requests may be added at the end.
 """
 
+import dataclasses
 import functools
 import json
+import os
 import pathlib
 import sys
 from typing import TYPE_CHECKING
 
 from absl import flags
 
-from gemfilter_jax import files, requests
+from gemfilter_jax import distributed, files, requests
 from gemfilter_jax.cli import command, options
 from gemfilter_jax.errors import UserError
 
@@ -49,6 +51,7 @@ options.define_filter(FLAGS)
 options.define_order(FLAGS)
 options.define_answer(FLAGS)
 options.define_document_cache(FLAGS)
+options.define_distributed(FLAGS)
 flags.DEFINE_multi_string(
     "question",
     [],
@@ -83,21 +86,24 @@ def _refuse(names: tuple[str, ...], reason: str) -> None:
 def _answer_requests() -> None:
     if FLAGS.output is None:
         raise UserError("--prompts needs --output=FILE, which the answers are added to")
-    files.check_writable(FLAGS.output, "output")
-    begun = requests.resume(pathlib.Path(FLAGS.prompts), pathlib.Path(FLAGS.output))
+    if distributed.is_first():
+        files.check_writable(FLAGS.output, "output")
+    output = FLAGS.output if distributed.is_first() else os.devnull
+    begun = requests.resume(pathlib.Path(FLAGS.prompts), pathlib.Path(output))
+    begun = dataclasses.replace(begun, finished=distributed.of_first(begun.finished))
     failed = _answer_rest(begun) if begun.finished < begun.total else 0
+    if not distributed.is_first():
+        return
     answered = begun.total - begun.finished - failed
     print(f"answered {answered:,}, failed {failed:,}, already there {begun.finished:,}", file=sys.stderr)
 
 
 def _answer_rest(begun: requests.Run) -> int:
-    from rich.console import Console
-
     from gemfilter_jax.reporting import terminal
 
     model = options.load_pipeline(FLAGS, many_prompts=True)
     method = options.chosen_method(FLAGS, model)
-    with terminal.stages_progress(Console(stderr=True)) as progress:
+    with terminal.stages_progress(options.console()) as progress:
         return requests.answer(
             model,
             begun,
@@ -111,18 +117,23 @@ def _answer_rest(begun: requests.Run) -> int:
 def _answer_one_text() -> None:
     text = options.read_prompt(FLAGS)
     if FLAGS.report:
-        files.check_writable(FLAGS.report, "report")
+        if distributed.is_first():
+            files.check_writable(FLAGS.report, "report")
         if len(FLAGS.question) > 1:
             raise UserError(f"--report={FLAGS.report}: shows one question; {len(FLAGS.question)} were given")
     if FLAGS.document_cache is not None and not FLAGS.question:
         raise UserError(f"--document_cache={FLAGS.document_cache}: needs --question, which is not part of the text")
+    if FLAGS.document_cache is not None and distributed.is_one_of_several():
+        raise UserError(
+            f"--document_cache={FLAGS.document_cache}: a run of several processes keeps nothing of the text"
+        )
 
     model = options.load_pipeline(FLAGS)
     method = options.chosen_method(FLAGS, model)
     if len(FLAGS.question) > 1 or FLAGS.document_cache is not None:
         document = model.document(text, method=method, cache=FLAGS.document_cache)
         for question in FLAGS.question:
-            if FLAGS.format == "text":
+            if FLAGS.format == "text" and distributed.is_first():
                 print(f"{question}\n> " if len(FLAGS.question) > 1 else "", end="", flush=True)
             _answer(model, method, question, functools.partial(document.ask, question))
     else:
@@ -132,12 +143,14 @@ def _answer_one_text() -> None:
 
 def _answer(model: "Pipeline", method: "GemFilter", question: str | None, ask: "Callable[..., Result]") -> None:
     """Ask one question and print what becomes of it; `ask` takes the settings of the answer."""
-    from rich.console import Console
+    as_json = FLAGS.format == "json"
+    if not distributed.is_first():
+        ask(on_text=None if as_json else lambda _: None, **options.answer_settings(FLAGS))
+        return
 
     from gemfilter_jax.reporting import html, terminal
 
-    as_json = FLAGS.format == "json"
-    with terminal.reading_progress(Console(stderr=True)) as progress:
+    with terminal.reading_progress(options.console()) as progress:
         result = ask(on_text=None if as_json else terminal.write, progress=progress, **options.answer_settings(FLAGS))
     if as_json:
         asked = {"question": question} if len(FLAGS.question) > 1 else {}

@@ -1,5 +1,6 @@
 """Flags that several commands share, and what is made of them."""
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -8,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags, logging
 
-from gemfilter_jax import files
+from gemfilter_jax import distributed, files
 from gemfilter_jax.errors import UserError
 
 if TYPE_CHECKING:  # commands parse their flags before they import JAX, so that a mistake is told at once
     from collections.abc import Callable
+
+    from rich.console import Console
 
     from gemfilter_jax.config import ModelConfig
     from gemfilter_jax.methods import GemFilter, Method
@@ -66,6 +69,45 @@ def define_model(values: flags.FlagValues) -> None:
         "cut into so many parts; auto takes all devices, as few for the model as hold it.",
         flag_values=values,
     )
+
+
+def define_distributed(values: flags.FlagValues) -> None:
+    """How several processes become one run; `command.run` joins them."""
+    flags.DEFINE_bool(
+        "distributed",
+        False,
+        "Be one process of a run of several, told by the environment (TPU VM pods, Slurm, Open MPI, Kubernetes).",
+        flag_values=values,
+    )
+    flags.DEFINE_string("coordinator", None, "HOST:PORT where the first of several listens.", flag_values=values)
+    flags.DEFINE_integer("processes", None, "How many processes there are.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("process", None, "Which one this is, counted from 0.", lower_bound=0, flag_values=values)
+
+
+def joined(values: flags.FlagValues) -> contextlib.AbstractContextManager[None]:
+    """The run that the flags of `define_distributed` tell of, if there are any.
+
+    Raises:
+      UserError: they do not fit together.
+    """
+    names = ("coordinator", "processes", "process")
+    given: dict[str, Any] = {name: values[name].value for name in names if name in values}
+    given = {name: value for name, value in given.items() if value is not None}
+    if "distributed" in values and values.distributed:
+        if given:
+            raise UserError(f"--{next(iter(given))}: --distributed takes it from the environment; give one of the two")
+        return distributed.joined()
+    if not given:
+        return contextlib.nullcontext()
+    if missing := [name for name in names if name not in given]:
+        raise UserError(f"--{missing[0]} is missing; --coordinator, --processes and --process go together")
+    coordinator, processes, process = (given[name] for name in names)
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 1 <= int(port) <= 65535:
+        raise UserError(f"--coordinator={coordinator}: expected HOST:PORT, such as 10.0.0.1:1234")
+    if process >= processes:
+        raise UserError(f"--process={process}: of {processes} expected 0 to {processes - 1}, counted from 0")
+    return distributed.joined(coordinator, processes, process)
 
 
 def define_filter(values: flags.FlagValues) -> None:
@@ -216,6 +258,13 @@ def read_prompt(values: flags.FlagValues) -> str:
     return text
 
 
+def console() -> "Console":
+    """Standard error, where progress is shown; silent in all but the first of several processes."""
+    from rich.console import Console
+
+    return Console(stderr=True, quiet=not distributed.is_first())
+
+
 def load_pipeline(
     values: flags.FlagValues,
     *,
@@ -229,7 +278,6 @@ def load_pipeline(
       many_prompts: rather cut batches than prompts.
     """
     import jax
-    from rich.console import Console
 
     from gemfilter_jax import checkpoints, pipeline, presets, prompts, sharding
     from gemfilter_jax.reporting import terminal
@@ -247,7 +295,7 @@ def load_pipeline(
     mesh = checkpoints.mesh_for(opened, values.mesh, many_prompts=many_prompts, **held)
     if mesh is not None:
         logging.info("mesh: %s", sharding.shape_of(mesh))
-    with terminal.loading_progress(Console(stderr=True)) as progress:
+    with terminal.loading_progress(console()) as progress:
         return pipeline.load(
             opened,
             **held,
@@ -262,7 +310,7 @@ def load_pipeline(
 
 def chosen_method(values: flags.FlagValues, model: "Pipeline") -> "GemFilter":
     """--rule, --keep and --filter_layer over the model's preset; says so where the model has none."""
-    if model.preset.name == "none" and values.filter_layer is None:
+    if model.preset.name == "none" and values.filter_layer is None and distributed.is_first():
         print(model.preset.source, file=sys.stderr)
     return _method(values, model, values.rule)
 

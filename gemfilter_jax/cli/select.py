@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from gemfilter_jax import files
+from gemfilter_jax import distributed, files
 from gemfilter_jax.cli import command, options
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ options.define_prompt_file(FLAGS, otherwise="standard input if not given")
 options.define_kept_text(FLAGS)
 options.define_rule(FLAGS)
 options.define_filter(FLAGS)
+options.define_distributed(FLAGS)
 flags.DEFINE_string(
     "question", None, "What to ask of the text; without it the text ends in its own question.", flag_values=FLAGS
 )
@@ -33,7 +34,7 @@ flags.DEFINE_string(
 def main(_: list[str]) -> None:
     """The command."""
     text = options.read_prompt(FLAGS)
-    if FLAGS.report:
+    if FLAGS.report and distributed.is_first():
         files.check_writable(FLAGS.report, "report")
 
     from rich.console import Console
@@ -45,8 +46,10 @@ def main(_: list[str]) -> None:
 
     model = options.load_pipeline(FLAGS, layers=layers)
     method = options.chosen_method(FLAGS, model)
-    with terminal.reading_progress(Console(stderr=True)) as progress:
+    with terminal.reading_progress(options.console()) as progress:
         kept, timings = model.select(text, FLAGS.question, method=method, progress=progress)
+    if not distributed.is_first():
+        return
     if FLAGS.format == "json":
         print(json.dumps(kept.fields | {"timings": timings}))
     elif sys.stdout.isatty():

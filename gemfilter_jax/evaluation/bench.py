@@ -104,7 +104,7 @@ def peak_memory() -> int:
         status = pathlib.Path("/proc/self/status").read_text()
         line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
-    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
 
 
 def _reset_peak() -> None:
