@@ -95,5 +95,6 @@ def _round(
     scaled = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
     blocks = rearrange(scaled, "b (n s) (g r) e -> n b g (r s) e", s=block, g=groups)
     sums = visited(jax.vmap(xla.nothing)(blocks), k, v, part)
-    _, _, sums = jax.lax.fori_loop(1, cut.parts, step, (k, v, sums))
-    return rearrange(xla.finished(sums, q.dtype), "n b g (r s) e -> b (n s) (g r) e", r=repeats)
+    _, _, (acc, peak, mass) = jax.lax.fori_loop(1, cut.parts, step, (k, v, sums))
+    seen = (acc, peak, jnp.where(mass == 0, 1, mass))  # rows of padding may have seen no block
+    return rearrange(xla.finished(seen, q.dtype), "n b g (r s) e -> b (n s) (g r) e", r=repeats)

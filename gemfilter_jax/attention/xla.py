@@ -1,5 +1,6 @@
 """Attention in plain XLA, blockwise, on every platform: serves whatever is asked for."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -72,7 +73,9 @@ def with_tails(
 def _dense(
     q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array, block: int, window: jax.typing.ArrayLike | None
 ) -> jax.Array:
-    repeats = q.shape[2] // k.shape[2]
+    groups, repeats = k.shape[2], q.shape[2] // k.shape[2]
+    scaled = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+    blocks = rearrange(scaled, "b (n s) (g r) e -> n b g (r s) e", s=block, g=groups)
     k, v = rearrange(k, "b s g e -> b g s e"), rearrange(v, "b s g e -> b g s e")
     ahead = jnp.tile(jnp.arange(block)[:, None] - jnp.arange(block), (repeats, 1))  # of a query to a key in one block
 
@@ -90,7 +93,8 @@ def _dense(
         carry = jax.lax.fori_loop(start, index, accumulate, nothing(queries))
         return finished(accumulate(index, carry, diagonal=True), q.dtype)
 
-    return _over_query_blocks(attend, q, k.shape[1], lengths, block)
+    out = _over_query_blocks(attend, lengths, block, len(blocks), blocks)
+    return rearrange(out, "n b g (r s) e -> b (n s) (g r) e", r=repeats)
 
 
 def banded(
@@ -118,8 +122,11 @@ def banded(
     first, repeats = firsts[0].shape[1], q.shape[2] // k.shape[2]
     span = min(-(-(pattern.band - 1) // block) * block + block, k.shape[1])
     near = pattern.band if window is None else jnp.minimum(window, pattern.band)
+    scale = jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
 
-    def attend(index, queries):
+    def attend(index):
+        queries = jax.lax.dynamic_slice_in_dim(q, index * block, block, axis=1) * scale
+        queries = rearrange(queries, "b s (g r) e -> b g (r s) e", r=repeats)
         end = before + (index + 1) * block
         begin = jnp.maximum(end - span, 0)
 
@@ -140,30 +147,24 @@ def banded(
         total = rearrange(mass.sum(axis=-1), "b g r s -> b g (r s) 1")
         mass = rearrange(mass.astype(v.dtype), "b g r s k -> b g (r s) k")
         summed = jnp.einsum("bgqk,bgke->bgqe", mass, values, precision=precision, preferred_element_type=jnp.float32)
-        return (summed / total).astype(q.dtype)
+        return rearrange((summed / total).astype(q.dtype), "b g (r s) e -> b s (g r) e", r=repeats)
 
-    return _over_query_blocks(attend, q, k.shape[2], lengths - start, block)[:, :length]
+    out = _over_query_blocks(attend, lengths - start, block, q.shape[1] // block)
+    return rearrange(out, "n b s h e -> b (n s) h e")[:, :length]
 
 
 def _over_query_blocks(
-    attend: Callable[[jax.Array, jax.Array], jax.Array], q: jax.Array, groups: int, lengths: jax.Array, block: int
+    attend: Callable[..., jax.Array], lengths: jax.Array, block: int, count: int, *blocks: jax.Array
 ) -> jax.Array:
-    """attend(index, scaled queries [B, G, R * block, E]) over blocks of q [B, S, H, E]; zeros where all is padding."""
-    repeats = q.shape[2] // groups
-    scale = jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+    """attend(index, *block) over so many query blocks and what belongs to each, stacked; zeros where all is padding."""
     last = (jnp.max(lengths) - 1) // block
 
-    def attended(index):
-        queries = jax.lax.dynamic_slice_in_dim(q, index * block, block, axis=1) * scale
-        out = attend(index, rearrange(queries, "b s (g r) e -> b g (r s) e", g=groups))
-        return rearrange(out, "b g (r s) e -> b s (g r) e", r=repeats)
+    def attend_unless_padding(numbered):
+        nothing = jax.eval_shape(attend, *numbered)
+        zeros = functools.partial(jnp.zeros, nothing.shape, nothing.dtype)
+        return jax.lax.cond(numbered[0] <= last, attend, lambda *_: zeros(), *numbered)
 
-    def attended_unless_padding(index):
-        nothing = jnp.zeros((len(q), block, *q.shape[2:]), q.dtype)
-        return jax.lax.cond(index <= last, attended, lambda _: nothing, index)
-
-    out = jax.lax.map(attended_unless_padding, jnp.arange(q.shape[1] // block))
-    return rearrange(out, "n b s h e -> b (n s) h e")
+    return jax.lax.map(attend_unless_padding, (jnp.arange(count), *blocks))
 
 
 Sums = tuple[jax.Array, jax.Array, jax.Array]  # of an online softmax: weighted values, largest logit, total mass
@@ -192,9 +193,9 @@ def accumulated(queries: jax.Array, k: jax.Array, v: jax.Array, seen: list[jax.A
 
 
 def finished(sums: Sums, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Attention's result from its sums; zeros for a row that saw no block."""
+    """Attention's result from its sums; every row must have seen a block."""
     acc, _, total = sums
-    return (acc / jnp.where(total == 0, 1, total)[..., None]).astype(dtype)
+    return (acc / total[..., None]).astype(dtype)
 
 
 def _of_all_parts(sums: Sums) -> Sums:
@@ -222,20 +223,18 @@ def rows(
         groups, repeats = k.shape[2], q.shape[2] // k.shape[2]
         within = positions - sequence.cut(mirrored=False).starts(k.shape[1])
         block = min(_BLOCK, k.shape[1])
-        k, v = (padded(x, block) for x in (k, v))
+        k, v = (rearrange(padded(x, block), "b s g e -> b g s e") for x in (k, v))
         queries = rearrange(q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype), "b s (g r) e -> b g (r s) e", g=groups)
         own = jnp.tile(within, (1, repeats))[:, None, :, None]
 
         def accumulate(j, sums):
             distance = own - (j * block + jnp.arange(block))
             seen = [distance >= 0] if window is None else [distance >= 0, distance < window]
-            kj, vj = (
-                rearrange(jax.lax.dynamic_slice_in_dim(x, j * block, block, axis=1), "b s g e -> b g s e")
-                for x in (k, v)
-            )
+            kj = jax.lax.dynamic_slice_in_dim(k, j * block, block, axis=2)
+            vj = jax.lax.dynamic_slice_in_dim(v, j * block, block, axis=2)
             return accumulated(queries, kj, vj, seen, sums)
 
-        blocks = jnp.minimum(jnp.max(within) // block + 1, k.shape[1] // block)
+        blocks = jnp.minimum(jnp.max(within) // block + 1, k.shape[2] // block)
         out = finished(_of_all_parts(jax.lax.fori_loop(0, blocks, accumulate, nothing(queries))), q.dtype)
         return rearrange(out, "b g (r s) e -> b s (g r) e", r=repeats)
 
