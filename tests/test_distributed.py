@@ -68,11 +68,12 @@ UNFINISHED = "unfinished, because another process of the run ended"
 class Process:
     """A process on forced CPU devices, whose standard error is read as it comes."""
 
-    def __init__(self, program: list, devices: int):
+    def __init__(self, program: list, devices: int, **variables: str):
         environment = os.environ | {
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
             "JAX_PLATFORMS": "cpu",
         }
+        environment |= variables
         self.popen = subprocess.Popen(
             program, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
@@ -112,6 +113,16 @@ def test_sum_over_all_devices():
     assert alone.end() == first.end() == (0, f"{float(np.square(np.arange(32.0)).sum())}\n")
     assert second.end() == (0, "")
     assert UNFINISHED not in "".join(first.errors + second.errors)
+
+
+def test_the_environment_tells():
+    job = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_NODES": "1", "SLURM_NTASKS": "2"}
+    job["JAX_COORDINATOR_PORT"] = str(free_port())
+    first, second = (
+        Process([*SUM, "--distributed"], devices=2, SLURM_PROCID=index, SLURM_LOCALID=index, **job) for index in "01"
+    )
+    assert first.end() == (0, f"{float(np.square(np.arange(32.0)).sum())}\n"), first.errors
+    assert second.end() == (0, "")
 
 
 @pytest.fixture(scope="module")
