@@ -95,7 +95,7 @@ class _Walk:
         self._axes = axes
         self._constant: dict[int, Costs | None] = {}  # of jaxprs of which nothing is known, None if that is too little
 
-    def through(self, closed: core.ClosedJaxpr, values: Sequence[Known]) -> tuple[list[Known], Costs]:
+    def through(self, closed: Any, values: Sequence[Known]) -> tuple[list[Known], Costs]:
         """The outputs and costs of a jaxpr for inputs."""
         jaxpr, costs = closed.jaxpr, Costs()
         known: dict[Any, Known] = dict(zip(jaxpr.invars, values, strict=True))
@@ -119,7 +119,7 @@ class _Walk:
             case "psum" | "psum_invariant" | "pmax" | "pmin" | "ppermute" | "all_gather" | "all_to_all":
                 return values if name in ("pmax", "pmin") else unknown, self._exchange(equation)
             case "axis_index":
-                return [np.int32(0)], None
+                return [np.zeros((), np.int32)], None
             case "while":
                 return self._while(params, values)
             case "scan":
@@ -150,7 +150,7 @@ class _Walk:
         hops = {"ppermute": 1, "all_gather": size - 1, "all_to_all": (size - 1) / size}.get(name, 2 * (size - 1) / size)
         return Costs(0, {(name, ",".join(axes)): Exchange(1, given, int(given * hops))})
 
-    def _branch(self, branches: Sequence[core.ClosedJaxpr], values: list[Known]) -> tuple[list[Known], Costs]:
+    def _branch(self, branches: Sequence[Any], values: list[Known]) -> tuple[list[Known], Costs]:
         which, inputs = values[0], values[1:]
         if which is not None:
             branch = branches[int(which)]
@@ -161,7 +161,7 @@ class _Walk:
             raise _UnknownError
         return [None] * len(branches[0].jaxpr.outvars), costs[0]
 
-    def _of_unknown(self, closed: core.ClosedJaxpr) -> Costs | None:
+    def _of_unknown(self, closed: Any) -> Costs | None:
         """The costs of a jaxpr if they are the same for all inputs."""
         if id(closed) not in self._constant:
             try:
@@ -242,8 +242,9 @@ def _bytes(aval: Any) -> int:
     return math.prod(aval.shape) * aval.dtype.itemsize
 
 
-def _closed(jaxpr: Any) -> core.ClosedJaxpr:
-    return jaxpr if hasattr(jaxpr, "consts") else core.ClosedJaxpr(jaxpr, ())
+def _closed(jaxpr: Any) -> Any:
+    """With its constants, of which one within another has none before JAX 0.11."""
+    return jaxpr if hasattr(jaxpr, "consts") else core.ClosedJaxpr(jaxpr, ())  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _small(value: Any) -> Known:

@@ -213,7 +213,7 @@ def _stages(
     shape, kept = sharding.shape_of(model.mesh), request.method.keep
 
     def stage(name: str | None, counted: Costs, moved: int) -> Stage:
-        return Stage(name and memory[name], counted, moved, _time(counted, moved, topology))
+        return Stage(memory[name] if name else None, counted, moved, _time(counted, moved, topology))
 
     def decoding(cached: int) -> Costs:
         return programs.decode(programs.prefill(model, request, kept=cached)).costs() * steps

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemfilter_jax import passes, sharding, two_stage
-from gemfilter_jax.attention import TriShape
 from gemfilter_jax.buckets import bucket
 from gemfilter_jax.config import ModelConfig
 from gemfilter_jax.errors import UserError
@@ -93,7 +92,7 @@ def filtering(model: Decoder, request: Request, *, whole: bool = False) -> Progr
     options = {
         "window": method.window,
         "normalisation": method.normalisation,
-        "pattern": pattern and TriShape(tails, pattern.first, pattern.band, pattern.room),
+        "pattern": jax.tree.map(np.asarray, pattern),
     }
     idle = (model.final_norm, model.lm_head)
     return Program(two_stage.score_prompt, passes.filtering(model, method), arguments, options, idle)
