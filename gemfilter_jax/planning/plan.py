@@ -9,6 +9,7 @@ larger of arithmetic and memory traffic at published speeds, and what is exchang
 import dataclasses
 import os
 import re
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -136,62 +137,71 @@ def make(request: Request, topology: Topology, shape: MeshShape | None) -> Plan:
     """
     devices = chips.devices(topology)
     capacity = topology.chip.memory if topology.chip else _physical_memory() // topology.size
-    shapes = [shape] if shape else _candidates(request, devices, capacity)
-    for candidate in shapes:
+    for candidate in [shape] if shape else _candidates(request, topology, devices, capacity):
         sharding.check(request.config, candidate)
-        model = _abstract(request, sharding.make_mesh(candidate, devices))
-        memory = _memory(model, request)
-        if all(one and one.total <= capacity for one in memory.values()):
+        model = abstract(request, sharding.make_mesh(candidate, devices), _dtype(topology))
+        memory = dict(_memory(model, request))
+        if _fit(memory.values(), capacity):
             break
     stages, full_attention = _stages(model, request, topology, memory)
-    return Plan(
-        request, topology, candidate, stages, full_attention, capacity, _Traffic(model, request).cache(request.tokens)
-    )
+    full_cache = _Traffic(model, request).cache(request.tokens)
+    return Plan(request, topology, sharding.shape_of(model.mesh), stages, full_attention, capacity, full_cache)
 
 
 def smallest_that_fits(plan: Plan) -> Topology | None:
     """The smallest larger topology of the same chip on which everything fits, None if there is none."""
+    request = plan.request
     for topology in plan.topology.larger:
         devices = chips.devices(topology)
-        for shape in _candidates(plan.request, devices, plan.capacity):
-            model = _abstract(plan.request, sharding.make_mesh(shape, devices))
-            if programs.bytes_on_device(model) > plan.capacity:
-                continue
-            memory = _memory(model, plan.request)
-            if all(one and one.total <= plan.capacity for one in memory.values()):
+        for shape in _candidates(request, topology, devices, plan.capacity):
+            model = abstract(request, sharding.make_mesh(shape, devices), _dtype(topology))
+            if _fit((memory for _, memory in _memory(model, request)), plan.capacity):
                 return topology
     return None
 
 
-def _candidates(request: Request, devices: list, capacity: int) -> list[MeshShape]:
-    """Shapes to try, from the automatic choice on to those with more parts of the model."""
-    weights = programs.bytes_on_device(_abstract(request, sharding.make_mesh(MeshShape(), devices)))
-    first = sharding.automatic_shape(request.config, len(devices), weights=weights, memory=capacity)
+def abstract(request: Request, mesh: jax.sharding.Mesh, dtype: str) -> Decoder:
+    """The model's shapes, laid out on a mesh."""
+    return abstract_decoder(request.config, Loading(jnp.dtype(dtype), int8=request.int8, mesh=mesh))
+
+
+def _dtype(topology: Topology) -> str:
+    """Of weights and activations, as models are loaded there."""
+    return "bfloat16" if topology.chip else "float32"
+
+
+def _candidates(request: Request, topology: Topology, devices: list, capacity: int) -> list[MeshShape]:
+    """Shapes to try: the automatic one and those with more parts of the model, the last alone if weights fit in none."""
+
+    def weights(shape: MeshShape) -> int:
+        return programs.bytes_on_device(abstract(request, sharding.make_mesh(shape, devices), _dtype(topology)))
+
     possible = sharding.shapes(request.config, len(devices))
-    return possible[possible.index(first) :]
+    whole = weights(MeshShape())
+    first = sharding.automatic_shape(request.config, len(devices), weights=whole, memory=capacity)
+    later = possible[possible.index(first) :]
+    return [shape for shape in later if weights(shape) < capacity] or later[-1:]
 
 
-def _abstract(request: Request, mesh: jax.sharding.Mesh) -> Decoder:
-    on_cpu = mesh.devices.flat[0].platform == "cpu"  # where bfloat16 is slow and not what runs
-    loading = Loading(jnp.dtype(jnp.float32 if on_cpu else jnp.bfloat16), int8=request.int8, mesh=mesh)
-    return abstract_decoder(request.config, loading)
+def _fit(memory: Iterable[Memory], capacity: int) -> bool:
+    return all(one.total <= capacity for one in memory)
 
 
-def _memory(model: Decoder, request: Request) -> dict[str, Memory | None]:
-    """Of each stage, as compiled; None of those behind a prefill that does not fit."""
-    filtering, prefill = programs.filtering(model, request), programs.prefill(model, request)
-    found: dict[str, Memory | None] = {"filter": _compiled(filtering)[0], "decode": None}
-    found["prefill"], compiled = _compiled(prefill)
-    if compiled is not None:
-        found["decode"] = _compiled(programs.decode(prefill, compiled.output_shardings))[0]
-    return found
+def _memory(model: Decoder, request: Request) -> Iterator[tuple[str, Memory]]:
+    """Of each stage, as compiled; nothing of the one behind a prefill that lacks memory."""
+    yield "filter", compiled(programs.filtering(model, request))[0]
+    prefill = programs.prefill(model, request)
+    memory, program = compiled(prefill)
+    yield "prefill", memory
+    if program is not None:
+        yield "decode", compiled(programs.decode(prefill, program.output_shardings))[0]
 
 
-def _compiled(program: Program) -> tuple[Memory, Any]:
+def compiled(program: Program) -> tuple[Memory, Any]:
     """What a program takes, and the program; None in its place if it lacks memory."""
     weights, idle = programs.bytes_on_device(program.model), programs.bytes_on_device(program.idle)
     try:
-        compiled = program.lower().compile()
+        made = program.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         needed = re.search(r"memory required[^(]*\(([\d.]+)([KMGT]?)\)", str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or needed is None:
@@ -199,21 +209,21 @@ def _compiled(program: Program) -> tuple[Memory, Any]:
         given = programs.bytes_on_device((program.arguments, program.options))
         total = int(float(needed[1]) * _UNITS[needed[2]]) + idle
         return Memory(weights, given, total - weights - given), None
-    report: Any = compiled.memory_analysis()
+    report: Any = made.memory_analysis()
     given = report.argument_size_in_bytes + idle - weights
-    made = report.output_size_in_bytes - report.alias_size_in_bytes
-    return Memory(weights, given + made, report.temp_size_in_bytes + report.generated_code_size_in_bytes), compiled
+    results = report.output_size_in_bytes - report.alias_size_in_bytes
+    return Memory(weights, given + results, report.temp_size_in_bytes + report.generated_code_size_in_bytes), made
 
 
 def _stages(
-    model: Decoder, request: Request, topology: Topology, memory: dict[str, Memory | None]
+    model: Decoder, request: Request, topology: Topology, memory: dict[str, Memory]
 ) -> tuple[dict[str, Stage], dict[str, Stage]]:
     """Those of the filter, and those of full attention: S tokens through all layers, then a cache of all of them."""
     traffic, steps = _Traffic(model, request), request.new_tokens - 1
     shape, kept = sharding.shape_of(model.mesh), request.method.keep
 
     def stage(name: str | None, counted: Costs, moved: int) -> Stage:
-        return Stage(memory[name] if name else None, counted, moved, _time(counted, moved, topology))
+        return Stage(memory.get(name) if name else None, counted, moved, _time(counted, moved, topology))
 
     def decoding(cached: int) -> Costs:
         return programs.decode(programs.prefill(model, request, kept=cached)).costs() * steps

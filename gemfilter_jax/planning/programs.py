@@ -147,11 +147,11 @@ def _rows(batch: int, parts: int) -> int:
 
 
 def bytes_on_device(tree: Any) -> int:
-    """Of arrays or shapes, on one device: of those whose layout is not known, all."""
+    """Of arrays and shapes, on one device: of those whose layout is not known, all."""
 
     def size(leaf: Any) -> int:
         layout = getattr(leaf, "sharding", None)
         shape = leaf.shape if layout is None else layout.shard_shape(leaf.shape)
         return math.prod(shape) * jnp.dtype(leaf.dtype).itemsize
 
-    return sum(map(size, jax.tree.leaves(tree)))
+    return sum(size(leaf) for leaf in jax.tree.leaves(tree) if hasattr(leaf, "shape"))
