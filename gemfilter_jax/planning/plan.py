@@ -171,7 +171,7 @@ def _dtype(topology: Topology) -> str:
 
 
 def _candidates(request: Request, topology: Topology, devices: list, capacity: int) -> list[MeshShape]:
-    """Shapes to try: the automatic one and those with more parts of the model, the last alone if weights fit in none."""
+    """Shapes to try: the automatic one and those with more parts of the model; the last if weights fit in none."""
 
     def weights(shape: MeshShape) -> int:
         return programs.bytes_on_device(abstract(request, sharding.make_mesh(shape, devices), _dtype(topology)))
