@@ -98,9 +98,10 @@ def test_dense_attention_sends_all_keys_round():
 
 
 def test_weak_scaling_exchanges_as_much_with_tri_shape_and_more_with_dense():
-    """Twice the prompt on twice the devices."""
+    """Twice the prompt on twice the devices; with tri_shape also on as many."""
     tri_shape, dense = (_own_process("counts")["weak"][attention] for attention in ("tri_shape", "dense"))
-    assert tri_shape[0] == tri_shape[1] == tri_shape[2]
+    assert tri_shape == [tri_shape[0]] * 3
+    assert _own_process("counts")["twice as long"] == tri_shape[0]
     keys = 2 * LAYER * _OF_PART * 1024 * 2  # keys and values of one part, all layers
     assert [after - before for before, after in itertools.pairwise(dense)] == [2 * keys, 4 * keys]
 
@@ -227,6 +228,8 @@ def _counts():
         found["weak"][attention] = [
             filtered(dataclasses.replace(request, tokens=parts * _OF_PART), f"seq:{parts}").exchanged for parts in _SEQ
         ]
+    longer = dataclasses.replace(request, tokens=2 * _SEQ[-1] * _OF_PART)
+    found["twice as long"] = filtered(longer, f"seq:{_SEQ[-1]}").exchanged
     prefill = programs.prefill(abstract(request, "model:8"), request)
     found |= {"prefill": prefill.costs().flops, "decode": programs.decode(prefill).costs().flops}
     return found
