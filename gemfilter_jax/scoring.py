@@ -189,7 +189,7 @@ def score_keys_by_all_rows(
 
 def _kernels() -> ModuleType:
     """Those of this platform. Pallas takes a quarter of a second to import."""
-    if jax.default_backend() == "gpu":
+    if sharding.platform() == "gpu":
         from gemfilter_jax.pallas_kernels import gpu
 
         return gpu
@@ -200,7 +200,7 @@ def _kernels() -> ModuleType:
 
 def _may_run_kernels() -> bool:
     alone = jax.device_count() == 1 or bool(jax.sharding.get_abstract_mesh().manual_axes)
-    return jax.default_backend() == "tpu" and alone
+    return sharding.platform() == "tpu" and alone
 
 
 def _masses(

@@ -114,6 +114,13 @@ def _in_the_way(config: ModelConfig, parts: int) -> str | None:
     return f"an MLP of {config.mlp_width}" if config.mlp_width % parts else None
 
 
+def shapes(config: ModelConfig, devices: int, *, many_prompts: bool = False) -> list[MeshShape]:
+    """All shapes for so many devices, the one with the fewest parts of the model first; see `automatic_shape`."""
+    possible = [parts for parts in range(1, devices + 1) if devices % parts == 0 and not _in_the_way(config, parts)]
+    rest = "data" if many_prompts else "seq"
+    return [MeshShape(model=parts, **{rest: devices // parts}) for parts in possible]
+
+
 def automatic_shape(
     config: ModelConfig, devices: int, *, weights: int, memory: int | None, many_prompts: bool = False
 ) -> MeshShape:
@@ -123,11 +130,9 @@ def automatic_shape(
       weights: bytes of the whole model. memory: of one device, None where it is not known, as on a CPU.
       many_prompts: the rest goes to the data axis instead of the seq axis.
     """
-    possible = [parts for parts in range(1, devices + 1) if devices % parts == 0 and not _in_the_way(config, parts)]
-    roomy = [parts for parts in possible if memory is None or weights / parts <= memory / 2]
-    model = roomy[0] if roomy else possible[-1]
-    rest = devices // model
-    return MeshShape(data=rest, model=model) if many_prompts else MeshShape(seq=rest, model=model)
+    possible = shapes(config, devices, many_prompts=many_prompts)
+    roomy = [shape for shape in possible if memory is None or weights / shape.model <= memory / 2]
+    return roomy[0] if roomy else possible[-1]
 
 
 def without_seq(mesh: Mesh) -> Mesh:
@@ -185,6 +190,12 @@ def over(mesh: Mesh, fn: Callable[..., Any], in_specs: tuple[Any, ...], out_spec
     """`fn` on each device's part of its arguments; None in `in_specs` for those that all devices have whole."""
     in_specs = tuple(PartitionSpec() if one is None else one for one in in_specs)
     return jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def platform() -> str:
+    """Where the program that is being traced will run: on its mesh, whose devices may be another machine's."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def parts(axis: str) -> int:

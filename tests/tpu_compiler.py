@@ -21,11 +21,16 @@ Programs = Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]]
 """Name, function and `jax.ShapeDtypeStruct`s of its arguments."""
 
 
+def skip_where_absent() -> None:
+    """Skip the test that is running where there is no libtpu."""
+    if not _LIBTPU.is_dir() and importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed; it compiles for TPU on any Linux machine (`make test` installs it)")
+
+
 @functools.cache
 def compiled(file: str, topology: str) -> dict[str, dict[str, int]]:
     """What `main` makes of the programs of a test file: bytes on one chip and kernels, by the program's name."""
-    if not _LIBTPU.is_dir() and importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed; it compiles for TPU on any Linux machine (`make test` installs it)")
+    skip_where_absent()
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(_LIBTPU), os.environ.get("PYTHONPATH")])),

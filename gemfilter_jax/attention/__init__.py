@@ -53,7 +53,7 @@ def causal(
     if sharding.parts("seq") > 1:
         with jax.named_scope("attention"):
             return cut.causal(q, k, v, lengths=lengths, window=window, pattern=pattern)
-    names = _ORDER.get(jax.default_backend(), ("xla",)) if implementation is None else (implementation,)
+    names = _ORDER.get(sharding.platform(), ("xla",)) if implementation is None else (implementation,)
     refusals = {}
     for name in names:
         try:
@@ -71,7 +71,7 @@ def causal(
 
 
 def check_runs_here(implementation: str) -> None:
-    """Whether this process's platform runs an implementation.
+    """Whether an implementation runs where the program that is being traced will, or outside of one in this process.
 
     Raises:
       NotImplementedError: it does not.
@@ -79,7 +79,7 @@ def check_runs_here(implementation: str) -> None:
     """
     if implementation not in IMPLEMENTATIONS:
         raise UserError(f"attention {implementation!r} is unknown; one of {', '.join(IMPLEMENTATIONS)}")
-    needed, present = IMPLEMENTATIONS[implementation], jax.default_backend()
+    needed, present = IMPLEMENTATIONS[implementation], sharding.platform()
     if needed not in (None, present):
         raise NotImplementedError(f"runs on {needed}, and this process has {present}")
 

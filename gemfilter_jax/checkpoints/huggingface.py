@@ -30,10 +30,7 @@ class HuggingFaceFolder:
         self.folder = folder
         path = folder / "config.json"
         self._fields = _read_json(path)
-        family = take(self._fields, "model_type", str(path))
-        if not isinstance(family, str) or family not in FAMILIES:
-            raise UserError(f"{path}: model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
-        self.config: ModelConfig = FAMILIES[family].config_from_hf(self._fields, str(path))
+        self.config = _config(self._fields, path)
 
     @property
     def name(self) -> str:
@@ -64,6 +61,22 @@ class HuggingFaceFolder:
         if not all(type(token) is int and abs(token) < 2**31 for token in ids):
             raise UserError(f"{self.folder}: eos_token_id is {ids!r}, expected whole numbers")
         return tuple(ids)
+
+
+def read_config(path: pathlib.Path) -> ModelConfig:
+    """A model's config from a config.json.
+
+    Raises:
+      UserError: it is missing or damaged, or the architecture is not supported.
+    """
+    return _config(_read_json(path), path)
+
+
+def _config(fields: dict[str, Any], path: pathlib.Path) -> ModelConfig:
+    family = take(fields, "model_type", str(path))
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise UserError(f"{path}: model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
+    return FAMILIES[family].config_from_hf(fields, str(path))
 
 
 class Shards:

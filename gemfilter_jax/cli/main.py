@@ -8,6 +8,7 @@
   gemfilter calibrate  find the layer and heads that pick best in a model, and write them as a preset
   gemfilter fetch      get a model
   gemfilter convert    write a model as a checkpoint that loads straight onto many devices
+  gemfilter plan       tell whether a model, a prompt and some devices fit together
 
 gemfilter COMMAND --help tells a command's flags.
 """
@@ -16,7 +17,7 @@ import difflib
 import importlib
 import sys
 
-COMMANDS = ("generate", "chat", "select", "bench", "evaluate", "calibrate", "fetch", "convert")
+COMMANDS = ("generate", "chat", "select", "bench", "evaluate", "calibrate", "fetch", "convert", "plan")
 
 
 def main() -> None:

@@ -1,0 +1,157 @@
+"""The programs of both stages with what they are given: shapes of weights, and the numbers that steer them."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemfilter_jax import passes, sharding, two_stage
+from gemfilter_jax.buckets import bucket
+from gemfilter_jax.config import ModelConfig
+from gemfilter_jax.errors import UserError
+from gemfilter_jax.methods import GemFilter
+from gemfilter_jax.models.decoder import Decoder
+from gemfilter_jax.planning import costs
+from gemfilter_jax.planning.costs import Costs
+from gemfilter_jax.sampling import GREEDY
+
+_TAIL = 64  # tokens of the question and the template behind the text
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is to be run.
+
+    Attributes:
+      tokens: of each prompt. batch: prompts at once. new_tokens: of each answer.
+      method: how prompts are filtered. int8: how weights are held.
+    """
+
+    config: ModelConfig
+    tokens: int
+    method: GemFilter
+    new_tokens: int = 128
+    batch: int = 1
+    int8: bool = False
+
+    def __post_init__(self) -> None:
+        layer, layers = self.method.filter_layer, self.config.layers
+        if layer >= layers:
+            raise UserError(f"filter layer {layer} is out of range; the model has layers 0 to {layers - 1}")
+        if self.method.keep >= self.tokens:
+            raise UserError(f"keep is {self.method.keep} of {self.tokens} tokens, which leaves nothing to filter")
+        if self.method.keep + self.new_tokens > self.config.context:
+            raise UserError(
+                f"{self.method.keep} kept tokens and {self.new_tokens} new ones exceed the model's context of "
+                f"{self.config.context}; keep fewer"
+            )
+
+    @property
+    def is_tri_shape(self) -> bool:
+        """Whether the filter's attention is."""
+        return passes.is_tri_shape(self.method, self.tokens - _TAIL)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A jitted function and its arguments, NumPy arrays or shapes; `idle` are the parts of the model that it leaves."""
+
+    function: Any
+    model: Decoder
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+    idle: tuple[Any, ...] = ()
+
+    def lower(self) -> jax.stages.Lowered:
+        """For the model's devices."""
+        return self.function.lower(self.model, *self.arguments, **self.options)
+
+    def costs(self) -> Costs:
+        """Of one device, with XLA's form of attention, in whose jaxpr every product stands."""
+        model = jax.tree.map(lambda leaf: leaf, self.model)
+        model.attention_implementation = "xla"
+        return costs.of_program(self.function, model, *self.arguments, **self.options)
+
+
+def filtering(model: Decoder, request: Request, *, whole: bool = False) -> Program:
+    """Stage 1; if `whole`, dense attention through all layers, which is nearly a prefill of the whole prompt."""
+    method, rows = request.method, _rows(request.batch, sharding.shape_of(model.mesh).data)
+    tails = np.full(rows, _TAIL, np.int32)
+    pattern = None if whole else passes.pattern(method, request.tokens - _TAIL, tails)
+    arguments = (
+        np.zeros((rows, bucket(request.tokens)), np.int32),
+        np.full(rows, request.tokens, np.int32),
+        tails,
+        np.asarray(request.config.layers if whole else method.filter_layer, np.int32),
+        np.ones(request.config.heads, np.float32),
+    )
+    options = {
+        "window": method.window,
+        "normalisation": method.normalisation,
+        "pattern": jax.tree.map(np.asarray, pattern),
+    }
+    idle = (model.final_norm, model.lm_head)
+    return Program(two_stage.score_prompt, passes.filtering(model, method), arguments, options, idle)
+
+
+def prefill(model: Decoder, request: Request, *, kept: int | None = None) -> Program:
+    """Stage 2, the tokens that were kept, as many as the method says if None."""
+    rows = _rows(request.batch, sharding.shape_of(model.mesh).rows)
+    kept = request.method.keep if kept is None else kept
+    arguments = (
+        np.zeros((rows, bucket(kept)), np.int32),
+        np.full(rows, kept, np.int32),
+        np.arange(bucket(kept), dtype=np.int32)[None].repeat(rows, axis=0),
+    )
+    options = {
+        "stop_tokens": np.zeros(1, np.int32),
+        "sampling": jax.tree.map(np.float32, GREEDY),
+        "seeds": np.zeros(rows, np.uint32),
+        "limit": np.asarray(request.new_tokens, np.int32),
+        "capacity": bucket(request.new_tokens),
+    }
+    return Program(two_stage.begin, model, arguments, options)
+
+
+def decode(before: Program, shardings: Any = None) -> Program:
+    """Stage 2, one new token.
+
+    Args:
+      before: the prefill. shardings: of the state as that leaves it; where None, its small numbers are known instead.
+    """
+    begin = functools.partial(before.function, **before.options)
+    state = jax.eval_shape(begin, before.model, *before.arguments)
+    if shardings is None:
+        _, lengths, _ = before.arguments
+        state = dataclasses.replace(
+            state,
+            lengths=np.ones_like(lengths),
+            stopped=np.zeros_like(lengths, bool),
+            positions=lengths,
+            limit=before.options["limit"],
+            sampling=before.options["sampling"],
+        )
+    else:
+        state = jax.tree.map(
+            lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout), state, shardings
+        )
+    return Program(two_stage.step, before.model, (state,), {})
+
+
+def _rows(batch: int, parts: int) -> int:
+    return len(sharding.evenly(range(batch), parts))
+
+
+def bytes_on_device(tree: Any) -> int:
+    """Of arrays and shapes, on one device: of those whose layout is not known, all."""
+
+    def size(leaf: Any) -> int:
+        layout = getattr(leaf, "sharding", None)
+        shape = leaf.shape if layout is None else layout.shard_shape(leaf.shape)
+        return math.prod(shape) * jnp.dtype(leaf.dtype).itemsize
+
+    return sum(size(leaf) for leaf in jax.tree.leaves(tree) if hasattr(leaf, "shape"))
