@@ -16,9 +16,11 @@ from gemfilter_jax.scoring import score_keys, score_keys_by_all_rows
 @pytest.mark.parametrize("normalisation", ["softmax", "sink"])
 @pytest.mark.parametrize("model", HEADS)
 def test_scores_need_next_to_no_memory(model, normalisation, topology):
-    """No copy of the keys, and a 1000th of a float32 [H, W, S] array, or 200 kB where that is less."""
+    """No copy of the keys, and a 1,000th of a float32 [H, W, S] array."""
     program = tpu_compiler.compiled(__file__, topology)[f"{model} {normalisation}"]
-    assert program["temporaries"] < max(HEADS[model][0] * ROWS * LENGTH * 4 / 1000, 200e3)
+    # libtpu 0.0.50 takes 195 kB of v6e in this one case, where a 1,000th are 151.
+    bound = 200e3 if (model, topology) == ("SmolLM2-135M", "v6e:2x2") else HEADS[model][0] * ROWS * LENGTH * 4 / 1000
+    assert program["temporaries"] < bound
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
