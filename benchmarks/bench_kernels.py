@@ -22,8 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemfilter_jax import attention, files, scoring, selection
+from gemfilter_jax import files
 from gemfilter_jax.errors import UserError
+from gemfilter_jax.methods.gemfilter import selection
+from gemfilter_jax.ops import attention, key_scores
 
 _WINDOW = 32
 _LARGEST_ERROR = {"float32": 1e-4, "bfloat16": 2e-2}
@@ -49,7 +51,7 @@ def _random(shape: Sequence[int], dtype: str, seed: int) -> jax.Array:
 
 
 def _score(implementation: str, normalisation: str) -> Callable[..., jax.Array]:
-    door = functools.partial(scoring.score_keys, implementation=implementation, normalisation=normalisation)
+    door = functools.partial(key_scores.score_keys, implementation=implementation, normalisation=normalisation)
     return jax.jit(lambda q, rows, k, weights: door(q, rows, k, head_weights=weights))
 
 
@@ -194,26 +196,27 @@ def _times_of_best(length: int, keep: int, repeats: int) -> dict[str, Any]:
 def _share_of_filter_pass(source: str, length: int, repeats: int) -> dict[str, Any]:
     """Scoring alone, beside the whole pass of a model's preset that it ends."""
     import gemfilter_jax
-    from gemfilter_jax import passes, two_stage
+    from gemfilter_jax.generate import programs
+    from gemfilter_jax.methods.gemfilter import scoring_pass
 
     model = gemfilter_jax.load(source)
     decoder, method = model.checkpoint.model, model.method()
     config, tails = decoder.config, np.asarray([method.window], np.int32)
 
     def filter_pass(decoder, ids, lengths, tails, layer, weights, pattern):
-        return two_stage.score_prompt(
+        return programs.score_prompt(
             decoder, ids, lengths, tails, layer, weights, window=method.window, normalisation="softmax", pattern=pattern
         )
 
     whole = _seconds(
         filter_pass,
-        passes.filtering(decoder, method),
+        scoring_pass.filtering(decoder, method),
         jax.random.randint(jax.random.key(0), (1, length), 0, config.vocab),
         jnp.asarray([length], jnp.int32),
         jnp.asarray(tails),
         jnp.int32(method.filter_layer),
-        passes.head_weights(decoder, method),
-        passes.pattern(method, length, tails),
+        scoring_pass.head_weights(decoder, method),
+        scoring_pass.pattern(method, length, tails),
         repeats=repeats,
     )
     q, k, _ = _qkv(length, (config.heads, config.kv_heads, config.head_width), str(decoder.dtype), rows=method.window)

@@ -61,11 +61,12 @@ def _own_seconds(model, case, name: str, repeats: int) -> list[dict[str, float]]
 def _main(output: str, tokens: int, torch_python: str) -> None:
     import gemfilter_jax
     from gemfilter_jax import files
-    from gemfilter_jax.evaluation import bench, needle
-    from gemfilter_jax.prompts import encode
+    from gemfilter_jax.evals import bench
+    from gemfilter_jax.evals.tasks import needles
+    from gemfilter_jax.text.prompt import encode
 
     model = gemfilter_jax.load("smollm2")
-    case = next(needle.cases(model.checkpoint.tokenizer, tokens, depths=(0.5,)))
+    case = next(needles.cases(model.checkpoint.tokenizer, tokens, depths=(0.5,)))
     prompt = encode(model.checkpoint.tokenizer, case.text, case.question, window=0)
     runs = {"full": _own_seconds(model, case, "full", 1), "default": _own_seconds(model, case, "default", 2)}
     command = [torch_python, __file__, "--torch_half"]

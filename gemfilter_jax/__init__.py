@@ -8,6 +8,20 @@ result.text, result.selection.passages, result.timings
 """
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gemfilter_jax.config import ModelConfig as ModelConfig
+    from gemfilter_jax.errors import UserError as UserError
+    from gemfilter_jax.generate.sampling import Sampling as Sampling
+    from gemfilter_jax.methods.gemfilter.method import Full as Full
+    from gemfilter_jax.methods.gemfilter.method import GemFilter as GemFilter
+    from gemfilter_jax.models.transformer import Decoder as Decoder
+    from gemfilter_jax.pipeline import Document as Document
+    from gemfilter_jax.pipeline import KeptText as KeptText
+    from gemfilter_jax.pipeline import Pipeline as Pipeline
+    from gemfilter_jax.pipeline import Result as Result
+    from gemfilter_jax.pipeline import load as load
 
 _HOMES = {
     "load": "pipeline",
@@ -15,14 +29,26 @@ _HOMES = {
     "Document": "pipeline",
     "Result": "pipeline",
     "KeptText": "pipeline",
-    "GemFilter": "methods",
-    "Full": "methods",
-    "Sampling": "sampling",
+    "GemFilter": "methods.gemfilter.method",
+    "Full": "methods.gemfilter.method",
+    "Sampling": "generate.sampling",
     "ModelConfig": "config",
-    "Decoder": "models.decoder",
+    "Decoder": "models.transformer",
     "UserError": "errors",
 }
-__all__ = list(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = [
+    "Decoder",
+    "Document",
+    "Full",
+    "GemFilter",
+    "KeptText",
+    "ModelConfig",
+    "Pipeline",
+    "Result",
+    "Sampling",
+    "UserError",
+    "load",
+]
 
 
 def __getattr__(name: str):

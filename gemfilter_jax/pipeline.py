@@ -10,18 +10,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemfilter_jax import filtering, passes, reading, sharding, two_stage
-from gemfilter_jax.attention import check_runs_here
 from gemfilter_jax.buckets import bucket
 from gemfilter_jax.checkpoints import Checkpoint, Opened, load_checkpoint, mesh_for, open_checkpoint
 from gemfilter_jax.checkpoints.weights import BytesRead
 from gemfilter_jax.errors import UserError
-from gemfilter_jax.methods import Full, GemFilter, Method
-from gemfilter_jax.passes import Progress
-from gemfilter_jax.presets import Preset, preset_for
-from gemfilter_jax.prompts import MESSAGE_FORMAT, Prompt, around, encode
-from gemfilter_jax.reading import Reading
-from gemfilter_jax.sampling import GREEDY, Sampling
+from gemfilter_jax.generate import programs
+from gemfilter_jax.generate.sampling import GREEDY, Sampling
+from gemfilter_jax.methods.gemfilter import documents, filtering, scoring_pass
+from gemfilter_jax.methods.gemfilter.documents import Reading
+from gemfilter_jax.methods.gemfilter.method import Full, GemFilter, Method
+from gemfilter_jax.methods.gemfilter.scoring_pass import Progress
+from gemfilter_jax.methods.presets import Preset, preset_for
+from gemfilter_jax.ops.attention import check_runs_here
+from gemfilter_jax.parallel import collectives, sharding
+from gemfilter_jax.text.prompt import MESSAGE_FORMAT, Prompt, around, encode
 from gemfilter_jax.timing import Stopwatch
 
 RULES = ("default", "paper")
@@ -257,12 +259,12 @@ class Pipeline:
         width = bucket(longest)
         parts = sharding.shape_of(model.mesh).rows
         rows = sharding.evenly(list(zip(prompts, kept, strict=True)), parts)
-        ids, lengths = passes.pad([prompt.ids[indices] for prompt, indices in rows], width)
+        ids, lengths = scoring_pass.pad([prompt.ids[indices] for prompt, indices in rows], width)
         positions = jnp.arange(width, dtype=jnp.int32)[None].repeat(len(rows), axis=0)
         if isinstance(method, GemFilter) and method.positions == "original":
-            positions, _ = passes.pad([indices for _, indices in rows], width)
+            positions, _ = scoring_pass.pad([indices for _, indices in rows], width)
         with watch.stage("prefill"):
-            state = two_stage.begin(
+            state = programs.begin(
                 model,
                 ids,
                 lengths,
@@ -275,18 +277,18 @@ class Pipeline:
             )
             jax.block_until_ready(state.tokens)
         with watch.stage("decode"):
-            state = two_stage.finish(model, state) if on_text is None else self._stream(state, on_text)
-            tokens, counts, stopped = sharding.to_host((state.tokens, state.lengths, state.stopped))
+            state = programs.finish(model, state) if on_text is None else self._stream(state, on_text)
+            tokens, counts, stopped = collectives.to_host((state.tokens, state.lengths, state.stopped))
         return [
             self._result(*row, row_tokens[:count], bool(ended), watch.timings)
             for row, row_tokens, count, ended in list(zip(rows, tokens, counts, stopped, strict=True))[: len(prompts)]
         ]
 
-    def _stream(self, state: two_stage.DecodeState, on_text: Callable[[str], None]) -> two_stage.DecodeState:
+    def _stream(self, state: programs.DecodeState, on_text: Callable[[str], None]) -> programs.DecodeState:
         """Step a batch of one from the host; pieces are held back while a character is incomplete."""
         told = ""
         while True:
-            made = sharding.to_host((state.tokens, state.lengths, state.stopped, state.running))
+            made = collectives.to_host((state.tokens, state.lengths, state.stopped, state.running))
             tokens, count, stopped, running = (of_rows[0] for of_rows in made)
             text = self._decoded(tokens[:count], bool(stopped))
             if not running or not text.endswith("\ufffd"):
@@ -294,7 +296,7 @@ class Pipeline:
                 told = text
             if not running:
                 return state
-            state = two_stage.step(self.checkpoint.model, state)
+            state = programs.step(self.checkpoint.model, state)
 
     def _decoded(self, tokens: np.ndarray, stopped: bool) -> str:
         return str(self.checkpoint.tokenizer.decode(tokens[:-1] if stopped else tokens, skip_special_tokens=True))
@@ -367,12 +369,12 @@ class Document:
 
     def _read_anew(self, prompt: Prompt, progress: Progress | None) -> Reading:
         model, method = self._model.checkpoint.model, self._method
-        saved = reading.load(model, prompt, method, self._cache) if self._cache else None
+        saved = documents.load(model, prompt, method, self._cache) if self._cache else None
         if saved:
             return saved
-        made = reading.read(model, prompt, method, progress=progress)
+        made = documents.read(model, prompt, method, progress=progress)
         if self._cache:
-            reading.save(made, self._cache, reading.key(model, prompt, method))
+            documents.save(made, self._cache, documents.key(model, prompt, method))
         return made
 
 

@@ -12,14 +12,15 @@ from jax.sharding import NamedSharding
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from gemfilter_jax import presets, sharding
 from gemfilter_jax.checkpoints import Checkpoint, HuggingFaceFolder
 from gemfilter_jax.checkpoints.weights import Loading
 from gemfilter_jax.errors import UserError
-from gemfilter_jax.methods import GemFilter
-from gemfilter_jax.models.decoder import Decoder
+from gemfilter_jax.methods import presets
+from gemfilter_jax.methods.gemfilter.method import GemFilter
+from gemfilter_jax.models.transformer import Decoder
+from gemfilter_jax.parallel import sharding
+from gemfilter_jax.parallel.sharding import MeshShape
 from gemfilter_jax.pipeline import Pipeline
-from gemfilter_jax.sharding import MeshShape
 
 _WORDS = 90
 _DEFAULT = GemFilter(filter_layer=2, keep=48, window=16, chunk=8, sentences=False, band=24, first_tokens=4)

@@ -6,6 +6,8 @@ import pathlib
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from gemfilter_jax.checkpoints.weights import Loading
 
@@ -33,3 +35,10 @@ class Folder:
         (path / "config.json").write_text(json.dumps(self.fields), encoding="utf-8")
         save_file(self.tensors, path / "model.safetensors")
         return path
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Three words, and a chat template that is the message alone."""
+    words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?", chat_template="{{ messages[0]['content'] }}")

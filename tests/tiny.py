@@ -6,8 +6,8 @@ import numpy as np
 from flax import nnx
 
 from gemfilter_jax.config import ModelConfig
-from gemfilter_jax.models.decoder import Decoder
-from gemfilter_jax.prompts import Prompt
+from gemfilter_jax.models.transformer import Decoder
+from gemfilter_jax.text.prompt import Prompt
 
 CONTEXT = 256
 CONFIG = ModelConfig(
@@ -35,6 +35,6 @@ def random_ids(length: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng([seed, length]).integers(0, CONFIG.vocab, length, dtype=np.int32)
 
 
-def prompt_of(ids: np.ndarray, head: int = 0, tail: int = 0) -> Prompt:
+def prompt_of(ids: np.ndarray, prefix: int = 0, suffix: int = 0) -> Prompt:
     """A prompt without text, for what looks at tokens only."""
-    return Prompt("", ids, np.zeros((len(ids), 2), np.int64), head, tail)
+    return Prompt("", ids, np.zeros((len(ids), 2), np.int64), prefix, suffix)

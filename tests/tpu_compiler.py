@@ -33,7 +33,7 @@ def compiled(file: str, topology: str) -> dict[str, dict[str, int]]:
     skip_where_absent()
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(_LIBTPU), os.environ.get("PYTHONPATH")])),
+        "PYTHONPATH": os.pathsep.join([str(_LIBTPU), *sys.path]),
         "TPU_ACCELERATOR_TYPE": TOPOLOGIES[topology],
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_SKIP_MDS_QUERY": "1",

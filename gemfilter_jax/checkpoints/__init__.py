@@ -10,15 +10,15 @@ import jax
 import jax.numpy as jnp
 from transformers import PreTrainedTokenizerBase
 
-from gemfilter_jax import sharding
-from gemfilter_jax.checkpoints import embedded, hub, orbax
-from gemfilter_jax.checkpoints.gguf import GGUFFile
-from gemfilter_jax.checkpoints.huggingface import HuggingFaceFolder
-from gemfilter_jax.checkpoints.orbax import OrbaxFolder
+from gemfilter_jax.checkpoints import embedded, hub, orbax_folder
+from gemfilter_jax.checkpoints.gguf_file import GGUFFile
+from gemfilter_jax.checkpoints.hf_folder import HuggingFaceFolder
+from gemfilter_jax.checkpoints.orbax_folder import OrbaxFolder
 from gemfilter_jax.checkpoints.weights import BytesRead, Loading, abstract_decoder
 from gemfilter_jax.errors import UserError
-from gemfilter_jax.models.decoder import Decoder
-from gemfilter_jax.sharding import MeshShape
+from gemfilter_jax.models.transformer import Decoder
+from gemfilter_jax.parallel import sharding
+from gemfilter_jax.parallel.sharding import MeshShape
 
 DTYPES = ("auto", "float32", "bfloat16")
 WEIGHTS = ("float", "int8")
@@ -131,7 +131,7 @@ def open_checkpoint(source: str) -> Opened:
     if source == embedded.NAME:
         return GGUFFile(embedded.locate())
     if path.is_dir():
-        return OrbaxFolder(path) if (path / orbax.MANIFEST).exists() else HuggingFaceFolder(path)
+        return OrbaxFolder(path) if (path / orbax_folder.MANIFEST).exists() else HuggingFaceFolder(path)
     if path.is_file():
         return GGUFFile(path)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not source.startswith(".") and path.suffix != ".gguf":

@@ -19,8 +19,8 @@ from flax import nnx
 from gemfilter_jax.config import ModelConfig
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.models import families
-from gemfilter_jax.models.decoder import Decoder
-from gemfilter_jax.sharding import with_shardings
+from gemfilter_jax.models.transformer import Decoder
+from gemfilter_jax.parallel.sharding import with_shardings
 
 BytesRead = Callable[[int, int], None]
 """Told (bytes read, bytes to read) as weights are loaded."""

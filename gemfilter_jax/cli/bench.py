@@ -8,8 +8,9 @@ import json
 
 from absl import flags
 
-from gemfilter_jax import distributed, files
+from gemfilter_jax import files
 from gemfilter_jax.cli import command, options
+from gemfilter_jax.parallel import processes
 
 FLAGS = flags.FlagValues()
 options.define_model(FLAGS)
@@ -25,13 +26,13 @@ _COLUMNS = ("method", "prompt", "kept", "filter s", "prefill s", "decode s", "to
 
 def main(_: list[str]) -> None:
     """The command."""
-    if FLAGS.output and distributed.is_first():
+    if FLAGS.output and processes.is_first():
         files.check_writable(FLAGS.output, "output")
     lengths = options.lengths(FLAGS)
 
     from rich.console import Console
 
-    from gemfilter_jax.evaluation import bench
+    from gemfilter_jax.evals import bench
     from gemfilter_jax.reporting import terminal
 
     model = options.load_pipeline(FLAGS)
@@ -40,7 +41,7 @@ def main(_: list[str]) -> None:
     with console.status("measuring"):
         for made in bench.run(model, methods, lengths, new_tokens=FLAGS.max_new_tokens, repeats=FLAGS.repeats):
             rows += made
-    if not distributed.is_first():
+    if not processes.is_first():
         return
     environment = bench.environment()
     title = f"{model.checkpoint.name} on {environment['device']}, {environment['machine']}, jax {environment['jax']}"

@@ -15,12 +15,12 @@ from absl import flags
 
 from gemfilter_jax import files
 from gemfilter_jax.cli import command, options
-from gemfilter_jax.evaluation import haystack
+from gemfilter_jax.evals import haystack
 
 if TYPE_CHECKING:
-    from gemfilter_jax.calibration import LayerRecall, Recall
     from gemfilter_jax.config import ModelConfig
-    from gemfilter_jax.presets import Preset
+    from gemfilter_jax.evals.calibration import LayerRecall, Recall
+    from gemfilter_jax.methods.presets import Preset
 
 FLAGS = flags.FlagValues()
 options.define_model(FLAGS)
@@ -47,7 +47,8 @@ def main(_: list[str]) -> None:
 
     from rich.console import Console
 
-    from gemfilter_jax import calibration, presets
+    from gemfilter_jax.evals import calibration
+    from gemfilter_jax.methods import presets
     from gemfilter_jax.reporting import plots, terminal
 
     if FLAGS.plot:

@@ -29,12 +29,12 @@ def main(_: list[str]) -> None:
     from rich.console import Console
 
     from gemfilter_jax import checkpoints
-    from gemfilter_jax.checkpoints import orbax
+    from gemfilter_jax.checkpoints import orbax_folder
     from gemfilter_jax.reporting import terminal
 
     with terminal.loading_progress(Console(stderr=True)) as progress:
         loaded = checkpoints.load_checkpoint(FLAGS.model, FLAGS.dtype, weights=FLAGS.weights, progress=progress)
-    orbax.save(folder, loaded.name, loaded.model, loaded.tokenizer, loaded.stop_tokens)
+    orbax_folder.save(folder, loaded.name, loaded.model, loaded.tokenizer, loaded.stop_tokens)
     print(folder)
 
 

@@ -15,18 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from gemfilter_jax import distributed, files
+from gemfilter_jax import files
 from gemfilter_jax.cli import command, options
 from gemfilter_jax.errors import UserError
-from gemfilter_jax.evaluation import haystack
+from gemfilter_jax.evals import haystack
+from gemfilter_jax.parallel import processes
 
 if TYPE_CHECKING:  # commands parse their flags before they import JAX, so that a mistake is told at once
     from collections.abc import Iterator, Mapping, Sequence
 
     from transformers import PreTrainedTokenizerBase
 
-    from gemfilter_jax.evaluation.questions import Case, Outcome
-    from gemfilter_jax.methods import Method
+    from gemfilter_jax.evals.examples import Case, Outcome
+    from gemfilter_jax.methods.gemfilter.method import Method
 
 FLAGS = flags.FlagValues()
 options.define_model(FLAGS)
@@ -55,7 +56,7 @@ _COLUMNS = {
 
 def main(_: list[str]) -> None:
     """The command."""
-    if FLAGS.output and distributed.is_first():
+    if FLAGS.output and processes.is_first():
         files.check_writable(FLAGS.output, "output")
     lengths = options.lengths(FLAGS)
     given = [flag.name for flag in _HELD_OUT if flag.present]
@@ -70,7 +71,7 @@ def main(_: list[str]) -> None:
     from rich.console import Console
     from rich.progress import track
 
-    from gemfilter_jax.evaluation import bench, questions
+    from gemfilter_jax.evals import bench, examples
     from gemfilter_jax.reporting import terminal
 
     model = options.load_pipeline(FLAGS)
@@ -88,26 +89,26 @@ def main(_: list[str]) -> None:
         cases = [case for length in lengths for case in _cases(model.checkpoint.tokenizer, length, paragraphs)]
     asked = [(name, case) for case in cases for name in methods]
     outcomes: dict[str, list[Outcome]] = {name: [] for name in methods}
-    asking = {name: questions.Asking(model, method) for name, method in methods.items()}
+    asking = {name: examples.Asking(model, method) for name, method in methods.items()}
     for name, case in track(asked, "asking", console=progress, transient=True):
         outcomes[name].append(asking[name](case, shared=FLAGS.per_text > 1))
-        if FLAGS.output and distributed.is_first():  # after each answer, so that a run cut short leaves what it has
+        if FLAGS.output and processes.is_first():  # after each answer, so that a run cut short leaves what it has
             files.write_whole(FLAGS.output, json.dumps(heading | _result(methods, outcomes), indent=1) + "\n")
-    if not distributed.is_first():
+    if not processes.is_first():
         return
     rows = _rows(methods, outcomes)
     Console().print(terminal.table(f"Hidden facts, {model.checkpoint.name}", _COLUMNS[FLAGS.questions], rows))
 
 
 def _cases(tokenizer: "PreTrainedTokenizerBase", tokens: int, paragraphs: "Sequence[str] | None") -> "Iterator[Case]":
-    from gemfilter_jax.evaluation import facts, needle
+    from gemfilter_jax.evals.tasks import hidden_facts, needles
 
     if FLAGS.questions == "needles":
-        return needle.cases(tokenizer, tokens)
+        return needles.cases(tokenizer, tokens)
     if FLAGS.per_text > 1:
         counts = [min(FLAGS.per_text, FLAGS.count - done) for done in range(0, FLAGS.count, FLAGS.per_text)]
         return itertools.chain.from_iterable(
-            facts.document(
+            hidden_facts.document(
                 tokenizer,
                 tokens,
                 count,
@@ -117,7 +118,7 @@ def _cases(tokenizer: "PreTrainedTokenizerBase", tokens: int, paragraphs: "Seque
             )
             for index, count in enumerate(counts)
         )
-    return facts.cases(
+    return hidden_facts.cases(
         tokenizer,
         tokens,
         FLAGS.count,
@@ -130,8 +131,8 @@ def _cases(tokenizer: "PreTrainedTokenizerBase", tokens: int, paragraphs: "Seque
 
 def _rows(methods: "Mapping[str, Method]", outcomes: "Mapping[str, Sequence[Outcome]]") -> list[list[str]]:
     """The cells of each method at each length that has been asked so far."""
-    from gemfilter_jax.evaluation import summary
-    from gemfilter_jax.methods import GemFilter
+    from gemfilter_jax.evals import summary
+    from gemfilter_jax.methods.gemfilter.method import GemFilter
 
     rows = []
     for name, method in methods.items():
@@ -149,7 +150,7 @@ def _rows(methods: "Mapping[str, Method]", outcomes: "Mapping[str, Sequence[Outc
 
 def _with_interval(count: int, asked: int) -> str:
     """As "41 (.56-.79)", so that a row fits 80 columns."""
-    from gemfilter_jax.evaluation import summary
+    from gemfilter_jax.evals import summary
 
     bounds = (f"{bound:.2f}".removeprefix("0") for bound in summary.wilson(count, asked))
     return f"{count} ({'-'.join(bounds)})"

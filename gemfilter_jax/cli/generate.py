@@ -1,7 +1,7 @@
 """Answer questions of a long text from the few tokens that the model's early layers pick.
 
   gemfilter generate --prompt_file=book.txt --question="Who is the narrator?"
-  gemfilter generate --prompts=requests.jsonl --output=answers.jsonl
+  gemfilter generate --prompts=requests_file.jsonl --output=answers.jsonl
 
 The answer goes to standard output as it is written; tokens read and kept, layers run and seconds per stage go to
 standard error. JSON has prompt_tokens, kept_tokens, indices, spans (character offsets into the prompt), timings, text
@@ -32,14 +32,16 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from gemfilter_jax import distributed, files, requests
+from gemfilter_jax import files
 from gemfilter_jax.cli import command, options
 from gemfilter_jax.errors import UserError
+from gemfilter_jax.parallel import processes
+from gemfilter_jax.serving import requests_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from gemfilter_jax.methods import GemFilter
+    from gemfilter_jax.methods.gemfilter.method import GemFilter
     from gemfilter_jax.pipeline import Pipeline, Result
 
 FLAGS = flags.FlagValues()
@@ -86,25 +88,25 @@ def _refuse(names: tuple[str, ...], reason: str) -> None:
 def _answer_requests() -> None:
     if FLAGS.output is None:
         raise UserError("--prompts needs --output=FILE, which the answers are added to")
-    if distributed.is_first():
+    if processes.is_first():
         files.check_writable(FLAGS.output, "output")
-    output = FLAGS.output if distributed.is_first() else os.devnull
-    begun = requests.resume(pathlib.Path(FLAGS.prompts), pathlib.Path(output))
-    begun = dataclasses.replace(begun, finished=distributed.of_first(begun.finished))
+    output = FLAGS.output if processes.is_first() else os.devnull
+    begun = requests_file.resume(pathlib.Path(FLAGS.prompts), pathlib.Path(output))
+    begun = dataclasses.replace(begun, finished=processes.of_first(begun.finished))
     failed = _answer_rest(begun) if begun.finished < begun.total else 0
-    if not distributed.is_first():
+    if not processes.is_first():
         return
     answered = begun.total - begun.finished - failed
     print(f"answered {answered:,}, failed {failed:,}, already there {begun.finished:,}", file=sys.stderr)
 
 
-def _answer_rest(begun: requests.Run) -> int:
+def _answer_rest(begun: requests_file.Run) -> int:
     from gemfilter_jax.reporting import terminal
 
     model = options.load_pipeline(FLAGS, many_prompts=True)
     method = options.chosen_method(FLAGS, model)
     with terminal.stages_progress(options.console()) as progress:
-        return requests.answer(
+        return requests_file.answer(
             model,
             begun,
             batch=FLAGS.batch,
@@ -117,13 +119,13 @@ def _answer_rest(begun: requests.Run) -> int:
 def _answer_one_text() -> None:
     text = options.read_prompt(FLAGS)
     if FLAGS.report:
-        if distributed.is_first():
+        if processes.is_first():
             files.check_writable(FLAGS.report, "report")
         if len(FLAGS.question) > 1:
             raise UserError(f"--report={FLAGS.report}: shows one question; {len(FLAGS.question)} were given")
     if FLAGS.document_cache is not None and not FLAGS.question:
         raise UserError(f"--document_cache={FLAGS.document_cache}: needs --question, which is not part of the text")
-    if FLAGS.document_cache is not None and distributed.is_one_of_several():
+    if FLAGS.document_cache is not None and processes.is_one_of_several():
         raise UserError(
             f"--document_cache={FLAGS.document_cache}: a run of several processes keeps nothing of the text"
         )
@@ -133,7 +135,7 @@ def _answer_one_text() -> None:
     if len(FLAGS.question) > 1 or FLAGS.document_cache is not None:
         document = model.document(text, method=method, cache=FLAGS.document_cache)
         for question in FLAGS.question:
-            if FLAGS.format == "text" and distributed.is_first():
+            if FLAGS.format == "text" and processes.is_first():
                 print(f"{question}\n> " if len(FLAGS.question) > 1 else "", end="", flush=True)
             _answer(model, method, question, functools.partial(document.ask, question))
     else:
@@ -144,7 +146,7 @@ def _answer_one_text() -> None:
 def _answer(model: "Pipeline", method: "GemFilter", question: str | None, ask: "Callable[..., Result]") -> None:
     """Ask one question and print what becomes of it; `ask` takes the settings of the answer."""
     as_json = FLAGS.format == "json"
-    if not distributed.is_first():
+    if not processes.is_first():
         ask(on_text=None if as_json else lambda _: None, **options.answer_settings(FLAGS))
         return
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags, logging
 
-from gemfilter_jax import distributed, files
+from gemfilter_jax import files
 from gemfilter_jax.errors import UserError
+from gemfilter_jax.parallel import processes
 
 if TYPE_CHECKING:  # commands parse their flags before they import JAX, so that a mistake is told at once
     from collections.abc import Callable
@@ -18,9 +19,9 @@ if TYPE_CHECKING:  # commands parse their flags before they import JAX, so that 
     from rich.console import Console
 
     from gemfilter_jax.config import ModelConfig
-    from gemfilter_jax.methods import GemFilter, Method
+    from gemfilter_jax.methods.gemfilter.method import GemFilter, Method
+    from gemfilter_jax.methods.presets import Preset
     from gemfilter_jax.pipeline import Pipeline, Result
-    from gemfilter_jax.presets import Preset
 
 _METHODS = ("full", "default", "paper")
 _ALL_METHODS = (*_METHODS, "uncalibrated")
@@ -96,18 +97,18 @@ def joined(values: flags.FlagValues) -> contextlib.AbstractContextManager[None]:
     if "distributed" in values and values.distributed:
         if given:
             raise UserError(f"--{next(iter(given))}: --distributed takes it from the environment; give one of the two")
-        return distributed.joined()
+        return processes.joined()
     if not given:
         return contextlib.nullcontext()
     if missing := [name for name in names if name not in given]:
         raise UserError(f"--{missing[0]} is missing; --coordinator, --processes and --process go together")
-    coordinator, processes, process = (given[name] for name in names)
+    coordinator, count, number = (given[name] for name in names)
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 1 <= int(port) <= 65535:
         raise UserError(f"--coordinator={coordinator}: expected HOST:PORT, such as 10.0.0.1:1234")
-    if process >= processes:
-        raise UserError(f"--process={process}: of {processes} expected 0 to {processes - 1}, counted from 0")
-    return distributed.joined(coordinator, processes, process)
+    if number >= count:
+        raise UserError(f"--process={number}: of {count} expected 0 to {count - 1}, counted from 0")
+    return processes.joined(coordinator, count, number)
 
 
 def define_filter(values: flags.FlagValues) -> None:
@@ -220,7 +221,7 @@ def define_document_cache(values: flags.FlagValues) -> None:
 
 def answer_settings(values: flags.FlagValues) -> dict[str, Any]:
     """The flags of `define_answer` as arguments of `Pipeline.generate`."""
-    from gemfilter_jax.sampling import Sampling
+    from gemfilter_jax.generate.sampling import Sampling
 
     sampling = Sampling(values.temperature, values.top_k, values.top_p)
     return {"max_new_tokens": values.max_new_tokens, "sampling": sampling, "seed": values.seed}
@@ -262,7 +263,7 @@ def console() -> "Console":
     """Standard error, where progress is shown; silent in all but the first of several processes."""
     from rich.console import Console
 
-    return Console(stderr=True, quiet=not distributed.is_first())
+    return Console(stderr=True, quiet=not processes.is_first())
 
 
 def load_pipeline(
@@ -279,8 +280,11 @@ def load_pipeline(
     """
     import jax
 
-    from gemfilter_jax import checkpoints, pipeline, presets, prompts, sharding
+    from gemfilter_jax import checkpoints, pipeline
+    from gemfilter_jax.methods import presets
+    from gemfilter_jax.parallel import sharding
     from gemfilter_jax.reporting import terminal
+    from gemfilter_jax.text import prompt
 
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "gemfilter_jax"
     jax.config.update("jax_compilation_cache_dir", str(cache / "programs"))
@@ -302,7 +306,7 @@ def load_pipeline(
             mesh=mesh,
             preset=preset,
             chat_template=values.chat_template,
-            message_format=values.message_format or prompts.MESSAGE_FORMAT,
+            message_format=values.message_format or prompt.MESSAGE_FORMAT,
             attention=None if values.attention == "auto" else values.attention,
             progress=progress,
         )
@@ -310,7 +314,7 @@ def load_pipeline(
 
 def chosen_method(values: flags.FlagValues, model: "Pipeline") -> "GemFilter":
     """--rule, --keep and --filter_layer over the model's preset; says so where the model has none."""
-    if model.preset.name == "none" and values.filter_layer is None and distributed.is_first():
+    if model.preset.name == "none" and values.filter_layer is None and processes.is_first():
         print(model.preset.source, file=sys.stderr)
     return _method(values, model, values.rule)
 
@@ -341,7 +345,7 @@ def lengths(values: flags.FlagValues) -> list[int]:
 
 def compared_methods(values: flags.FlagValues, model: "Pipeline") -> dict[str, "Method"]:
     """--method, each with the flags of `define_filter` where it has them."""
-    from gemfilter_jax.methods import Full
+    from gemfilter_jax.methods.gemfilter.method import Full
 
     return {name: Full() if name == "full" else _method(values, model, name) for name in values.method}
 

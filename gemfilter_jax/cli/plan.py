@@ -58,9 +58,9 @@ def main(_: list[str]) -> None:
 
     from rich.console import Console
 
+    from gemfilter_jax.parallel.sharding import MeshShape
     from gemfilter_jax.planning import plan
     from gemfilter_jax.reporting import plans
-    from gemfilter_jax.sharding import MeshShape
 
     request = _request()
     with Console(stderr=True).status("compiling"):
@@ -82,7 +82,7 @@ def main(_: list[str]) -> None:
 
 
 def _request() -> "Request":
-    from gemfilter_jax import presets
+    from gemfilter_jax.methods import presets
     from gemfilter_jax.planning import models
     from gemfilter_jax.planning.plan import Request
 

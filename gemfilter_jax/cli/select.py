@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from gemfilter_jax import distributed, files
+from gemfilter_jax import files
 from gemfilter_jax.cli import command, options
+from gemfilter_jax.parallel import processes
 
 if TYPE_CHECKING:
     from gemfilter_jax.config import ModelConfig
-    from gemfilter_jax.presets import Preset
+    from gemfilter_jax.methods.presets import Preset
 
 FLAGS = flags.FlagValues()
 options.define_model(FLAGS)
@@ -34,7 +35,7 @@ flags.DEFINE_string(
 def main(_: list[str]) -> None:
     """The command."""
     text = options.read_prompt(FLAGS)
-    if FLAGS.report and distributed.is_first():
+    if FLAGS.report and processes.is_first():
         files.check_writable(FLAGS.report, "report")
 
     from rich.console import Console
@@ -48,7 +49,7 @@ def main(_: list[str]) -> None:
     method = options.chosen_method(FLAGS, model)
     with terminal.reading_progress(options.console()) as progress:
         kept, timings = model.select(text, FLAGS.question, method=method, progress=progress)
-    if not distributed.is_first():
+    if not processes.is_first():
         return
     if FLAGS.format == "json":
         print(json.dumps(kept.fields | {"timings": timings}))

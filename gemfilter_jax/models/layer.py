@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gemfilter_jax import sharding
 from gemfilter_jax.config import ModelConfig
-from gemfilter_jax.models.rotary import rotate
-from gemfilter_jax.precision import precision_of
+from gemfilter_jax.models.rope import rotate
+from gemfilter_jax.ops.precision import precision_of
+from gemfilter_jax.parallel import collectives, sharding
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -53,7 +53,7 @@ def _in_int8(x: jax.Array, axis: int, cut: str | None) -> tuple[jax.Array, jax.A
     """
     wide = x.astype(jnp.float32)
     peak = jnp.abs(wide).max(axis=axis, keepdims=True)
-    peak = peak if cut is None else sharding.largest(peak, cut)
+    peak = peak if cut is None else collectives.pmax(peak, cut)
     scale = jnp.maximum(peak, jnp.finfo(jnp.float32).tiny) / _LARGEST_INT8
     return jnp.round(wide / scale).astype(jnp.int8), scale
 
@@ -95,7 +95,7 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias[...]
 
     def _total(self, products: jax.Array) -> jax.Array:
-        return products if self.cut is None else sharding.total(products, self.cut)
+        return products if self.cut is None else collectives.psum(products, self.cut)
 
 
 class RMSNorm(nnx.Module):
@@ -139,10 +139,10 @@ class DecoderLayer(nnx.Module):
 
     def keep_own_key_head(self, kv_heads: int) -> None:
         """Where several parts of the model share each of all key heads, keep only the one that this part needs."""
-        parts = sharding.parts("model")
+        parts = collectives.axis_size("model")
         if parts <= kv_heads:
             return
-        start = sharding.part("model") // (parts // kv_heads) * self.head_width
+        start = collectives.axis_index("model") // (parts // kv_heads) * self.head_width
 
         def kept(parameter: jax.Array) -> jax.Array:
             return jax.lax.dynamic_slice_in_dim(parameter, start, self.head_width, axis=-1)

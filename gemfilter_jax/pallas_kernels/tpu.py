@@ -13,7 +13,7 @@ from einops import rearrange, repeat
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from gemfilter_jax.precision import precision_of
+from gemfilter_jax.ops.precision import precision_of
 
 _LANES, _SUBLANES = 128, 8
 _VMEM = 12 * 2**20  # bytes that a kernel plans to fill; Mosaic's own limit is 16 MiB

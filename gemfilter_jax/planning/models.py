@@ -4,11 +4,11 @@ import importlib.resources
 import pathlib
 
 from gemfilter_jax import checkpoints
-from gemfilter_jax.checkpoints import embedded, huggingface
+from gemfilter_jax.checkpoints import embedded, hf_folder
 from gemfilter_jax.config import ModelConfig
 from gemfilter_jax.errors import UserError
 
-_PUBLISHED = pathlib.Path(str(importlib.resources.files("gemfilter_jax.model_configs")))
+_PUBLISHED = pathlib.Path(str(importlib.resources.files("gemfilter_jax.planning.model_configs")))
 
 
 def published() -> list[str]:
@@ -24,11 +24,11 @@ def config_of(source: str) -> ModelConfig:
     """
     path = pathlib.Path(source).expanduser()
     if source in published():
-        return huggingface.read_config(_PUBLISHED / f"{source}.json")
+        return hf_folder.read_config(_PUBLISHED / f"{source}.json")
     if (path / "config.json").is_file():
-        return huggingface.read_config(path / "config.json")
+        return hf_folder.read_config(path / "config.json")
     if path.suffix == ".json":
-        return huggingface.read_config(path)
+        return hf_folder.read_config(path)
     if path.exists() or source == embedded.NAME:
         return checkpoints.open_checkpoint(source).config
     raise UserError(f"model {source!r} is not a folder, a file or one of {', '.join([*published(), embedded.NAME])}")

@@ -15,15 +15,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gemfilter_jax import segments, sharding
 from gemfilter_jax.buckets import bucket
 from gemfilter_jax.checkpoints.weights import Loading, abstract_decoder
-from gemfilter_jax.models.decoder import Decoder
+from gemfilter_jax.methods.gemfilter import segments
+from gemfilter_jax.models.transformer import Decoder
+from gemfilter_jax.parallel import sharding
+from gemfilter_jax.parallel.sharding import MeshShape
 from gemfilter_jax.planning import chips, programs
 from gemfilter_jax.planning.chips import Topology
 from gemfilter_jax.planning.costs import Costs
 from gemfilter_jax.planning.programs import Program, Request
-from gemfilter_jax.sharding import MeshShape
 
 _ROWS = 512  # that pass through a matrix at a time, and queries that read a key at a time
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -235,7 +236,7 @@ def _stages(
         "prefill": stage(
             "prefill",
             programs.prefill(model, request).costs(),
-            traffic.prompt(request.config.layers, kept, shape.rows, 1, None) + traffic.head,
+            traffic.prompt(request.config.layers, kept, shape.rows, 1, None) + traffic.lm_head,
         ),
         "decode": stage("decode", decoding(kept), traffic.step(kept) * steps),
     }
@@ -243,7 +244,7 @@ def _stages(
         "prefill": stage(
             None,
             programs.filtering(model, request, whole=True).costs(),
-            traffic.prompt(request.config.layers, request.tokens, shape.data, shape.seq, None) + traffic.head,
+            traffic.prompt(request.config.layers, request.tokens, shape.data, shape.seq, None) + traffic.lm_head,
         ),
         "decode": stage(None, decoding(request.tokens), traffic.step(request.tokens) * steps),
     }
@@ -260,7 +261,7 @@ class _Traffic:
         self._layer = programs.bytes_on_device(model.layers) // config.layers
         self._width, self._queries = config.width, config.heads * config.head_width // parts
         self._keys = 2 * max(config.kv_heads // parts, 1) * config.head_width
-        self.head = programs.bytes_on_device(model.embedding if model.lm_head is None else model.lm_head)
+        self.lm_head = programs.bytes_on_device(model.embedding if model.lm_head is None else model.lm_head)
 
     def prompt(self, layers: int, length: int, rows: int, parts: int, width: int | None) -> int:
         """Of a prompt through layers.
@@ -276,7 +277,7 @@ class _Traffic:
 
     def step(self, cached: int) -> int:
         """Of one new token for each row, which reads weights and cache."""
-        return self._request.config.layers * self._layer + self.cache(cached) + self.head
+        return self._request.config.layers * self._layer + self.cache(cached) + self.lm_head
 
     def cache(self, cached: int) -> int:
         """Of a cache in stage 2, which is cut over rows and key heads."""

@@ -9,15 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemfilter_jax import passes, sharding, two_stage
 from gemfilter_jax.buckets import bucket
 from gemfilter_jax.config import ModelConfig
 from gemfilter_jax.errors import UserError
-from gemfilter_jax.methods import GemFilter
-from gemfilter_jax.models.decoder import Decoder
+from gemfilter_jax.generate import programs
+from gemfilter_jax.generate.sampling import GREEDY
+from gemfilter_jax.methods.gemfilter import scoring_pass
+from gemfilter_jax.methods.gemfilter.method import GemFilter
+from gemfilter_jax.models.transformer import Decoder
+from gemfilter_jax.parallel import sharding
 from gemfilter_jax.planning import costs
 from gemfilter_jax.planning.costs import Costs
-from gemfilter_jax.sampling import GREEDY
 
 _TAIL = 64  # tokens of the question and the template behind the text
 
@@ -53,7 +55,7 @@ class Request:
     @property
     def is_tri_shape(self) -> bool:
         """Whether the filter's attention is."""
-        return passes.is_tri_shape(self.method, self.tokens - _TAIL)
+        return scoring_pass.is_tri_shape(self.method, self.tokens - _TAIL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +83,7 @@ def filtering(model: Decoder, request: Request, *, whole: bool = False) -> Progr
     """Stage 1; if `whole`, dense attention through all layers, which is nearly a prefill of the whole prompt."""
     method, rows = request.method, _rows(request.batch, sharding.shape_of(model.mesh).data)
     tails = np.full(rows, _TAIL, np.int32)
-    pattern = None if whole else passes.pattern(method, request.tokens - _TAIL, tails)
+    pattern = None if whole else scoring_pass.pattern(method, request.tokens - _TAIL, tails)
     arguments = (
         np.zeros((rows, bucket(request.tokens)), np.int32),
         np.full(rows, request.tokens, np.int32),
@@ -95,7 +97,7 @@ def filtering(model: Decoder, request: Request, *, whole: bool = False) -> Progr
         "pattern": jax.tree.map(np.asarray, pattern),
     }
     idle = (model.final_norm, model.lm_head)
-    return Program(two_stage.score_prompt, passes.filtering(model, method), arguments, options, idle)
+    return Program(programs.score_prompt, scoring_pass.filtering(model, method), arguments, options, idle)
 
 
 def prefill(model: Decoder, request: Request, *, kept: int | None = None) -> Program:
@@ -114,7 +116,7 @@ def prefill(model: Decoder, request: Request, *, kept: int | None = None) -> Pro
         "limit": np.asarray(request.new_tokens, np.int32),
         "capacity": bucket(request.new_tokens),
     }
-    return Program(two_stage.begin, model, arguments, options)
+    return Program(programs.begin, model, arguments, options)
 
 
 def decode(before: Program, shardings: Any = None) -> Program:
@@ -139,7 +141,7 @@ def decode(before: Program, shardings: Any = None) -> Program:
         state = jax.tree.map(
             lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout), state, shardings
         )
-    return Program(two_stage.step, before.model, (state,), {})
+    return Program(programs.step, before.model, (state,), {})
 
 
 def _rows(batch: int, parts: int) -> int:

@@ -10,7 +10,7 @@ from gemfilter_jax import files
 from gemfilter_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from gemfilter_jax.calibration import LayerRecall
+    from gemfilter_jax.evals.calibration import LayerRecall
 
 
 def check_installed() -> None:

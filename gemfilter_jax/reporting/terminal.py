@@ -21,7 +21,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:  # so that a command's mistakes are told before JAX is imported
     from gemfilter_jax.checkpoints.weights import BytesRead
-    from gemfilter_jax.passes import Progress as TokensRead
+    from gemfilter_jax.methods.gemfilter.scoring_pass import Progress as TokensRead
     from gemfilter_jax.pipeline import KeptText
 
 _CONTEXT = 60  # characters shown, dimmed, on both sides of a kept passage

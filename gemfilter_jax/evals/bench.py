@@ -1,0 +1,116 @@
+"""Seconds and memory of full attention and of GemFilter, side by side in one process."""
+
+import dataclasses
+import importlib.metadata
+import os
+import pathlib
+import platform
+import statistics
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+
+import jax
+
+from gemfilter_jax.evals.tasks import needles
+from gemfilter_jax.methods.gemfilter.method import Method
+from gemfilter_jax.pipeline import Pipeline
+from gemfilter_jax.timing import COMPILE
+
+_CLEAR_PEAK = "5"  # what proc(5) wants in clear_refs to reset the peak resident set
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One method at one prompt length.
+
+    Attributes:
+      seconds: median over the repeats, by stage.
+      total: median over the repeats of all stages but compilation.
+      ratio: median over the repeats of full attention's total by this one's; None where full attention did not run.
+      peak_bytes: see `peak_memory`.
+    """
+
+    method: str
+    prompt_tokens: int
+    kept_tokens: int
+    seconds: dict[str, float]
+    total: float
+    ratio: float | None
+    peak_bytes: int
+
+
+def environment() -> dict[str, str]:
+    """What a result file must say of where it was made."""
+    return {
+        "device": jax.devices()[0].device_kind,
+        "devices": str(jax.device_count()),
+        "backend": jax.default_backend(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "jaxlib": importlib.metadata.version("jaxlib"),
+        "flax": importlib.metadata.version("flax"),
+        "memory": "peak resident set of the process" if _resident() else "peak bytes in use on the device, so far",
+    }
+
+
+def run(
+    model: Pipeline, methods: Mapping[str, Method], lengths: Sequence[int], *, new_tokens: int, repeats: int
+) -> Iterator[list[Row]]:
+    """For each prompt length, the rows of all methods; "full" among them is the base of the ratios.
+
+    Each method runs once to compile, then all of them in turn, `repeats` times, so that a machine's drift meets all
+    alike. Answers do not stop early: every run writes `new_tokens`.
+    """
+    endless = dataclasses.replace(model, checkpoint=dataclasses.replace(model.checkpoint, stop_tokens=()))
+    for length in lengths:
+        case = next(needles.cases(model.checkpoint.tokenizer, length, depths=(0.5,)))
+        runs: dict[str, list] = {name: [] for name in methods}
+        peaks: dict[str, int] = {}
+        for repeat in range(repeats + 1):
+            for name, method in methods.items():
+                _reset_peak()
+                result = endless.generate(case.text, case.question, method=method, max_new_tokens=new_tokens)
+                if repeat:
+                    runs[name].append(result)
+                    peaks[name] = max(peaks.get(name, 0), peak_memory())
+        yield [_row(name, runs, peaks[name]) for name in methods]
+
+
+def _row(name: str, runs: Mapping[str, list], peak: int) -> Row:
+    results = runs[name]
+    stages = [stage for stage in results[0].timings if stage != COMPILE]
+    ratio = None
+    if "full" in runs:
+        ratio = statistics.median(_total(full) / _total(own) for full, own in zip(runs["full"], results, strict=True))
+    return Row(
+        method=name,
+        prompt_tokens=results[0].selection.prompt_tokens,
+        kept_tokens=results[0].selection.kept_tokens,
+        seconds={stage: statistics.median(result.timings[stage] for result in results) for stage in stages},
+        total=statistics.median(map(_total, results)),
+        ratio=ratio,
+        peak_bytes=peak,
+    )
+
+
+def _total(result) -> float:
+    return sum(seconds for stage, seconds in result.timings.items() if stage != COMPILE)
+
+
+def peak_memory() -> int:
+    """Peak bytes: on CPU the process's resident set since the last reset, on accelerators the device's so far."""
+    if _resident():
+        status = pathlib.Path("/proc/self/status").read_text()
+        line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
+
+
+def _reset_peak() -> None:
+    if _resident():
+        pathlib.Path("/proc/self/clear_refs").write_text(_CLEAR_PEAK)
+
+
+def _resident() -> bool:
+    return jax.default_backend() == "cpu" and sys.platform == "linux"

@@ -1,0 +1,1 @@
+"""Texts and facts of the evaluation tasks."""

@@ -1,0 +1,94 @@
+"""Long texts to hide facts in: shuffled paragraphs, cut to a number of tokens."""
+
+import dataclasses
+import importlib.resources
+import pathlib
+import random
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from gemfilter_jax.errors import UserError
+
+if TYPE_CHECKING:  # commands check a folder of texts before they import the rest
+    from transformers import PreTrainedTokenizerBase
+
+_LEAST_CHARACTERS = 4_000
+_CHARACTERS_PER_TOKEN = 5  # a first guess
+_SUFFIXES = (".md", ".txt")
+
+
+def built_in(name: str) -> tuple[str, ...]:
+    """The paragraphs of a text that comes with the package: "essays" or "journal".
+
+    Both were written for this purpose, without any fact like those that are hidden in them.
+    """
+    text = importlib.resources.files("gemfilter_jax.evals.data").joinpath(f"{name}.txt").read_text("utf-8")
+    return tuple(text.strip().split("\n\n"))
+
+
+def read_folder(folder: pathlib.Path) -> tuple[str, ...]:
+    """The paragraphs of all .txt and .md files in and below a folder, by path, each paragraph on one line.
+
+    Raises:
+      UserError: there is no such folder, a file is not UTF-8, or the files hold less than 4,000 characters.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: is not a folder; give one with .txt or .md files")
+    files = sorted(path for path in folder.rglob("*") if path.suffix in _SUFFIXES and path.is_file())
+    paragraphs: list[str] = []
+    for path in files:
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from error
+        blocks = "\n".join(line.strip() for line in lines).split("\n\n")
+        paragraphs += [" ".join(block.split()) for block in blocks if block.strip()]
+    characters = sum(map(len, paragraphs))
+    if characters < _LEAST_CHARACTERS:
+        raise UserError(
+            f"{folder}: its {len(files)} .txt and .md files hold {characters:,} characters of text; "
+            f"at least {_LEAST_CHARACTERS:,} are needed"
+        )
+    return tuple(paragraphs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Haystack:
+    """A long text that knows where its tokens end.
+
+    Attributes:
+      text: paragraphs with blank lines between them.
+      ends: where each of its tokens ends, in characters.
+    """
+
+    text: str
+    ends: tuple[int, ...]
+
+    def first(self, tokens: int) -> str:
+        """Its first `tokens` tokens, at least one."""
+        return self.text[: self.ends[tokens - 1]]
+
+
+def pile(tokenizer: "PreTrainedTokenizerBase", paragraphs: Sequence[str], tokens: int, seed: int) -> Haystack:
+    """More than `tokens` tokens of paragraphs, shuffled anew each time they are gone through.
+
+    The same seed gives the same text, and a shorter one is the beginning of a longer one.
+    """
+    endless, text = _shuffled(paragraphs, seed), ""
+    while True:
+        wanted = max(_CHARACTERS_PER_TOKEN * (tokens + 1), 2 * len(text))
+        pieces, written = [text], len(text)
+        while written < wanted:
+            pieces.append(f"{next(endless)}\n\n")
+            written += len(pieces[-1])
+        text = "".join(pieces)
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ends = tuple(end for _, end in encoded["offset_mapping"])
+        if len(ends) > tokens:
+            return Haystack(text, ends)
+
+
+def _shuffled(paragraphs: Sequence[str], seed: int) -> Iterator[str]:
+    order = random.Random(seed)
+    while True:
+        yield from order.sample(paragraphs, len(paragraphs))

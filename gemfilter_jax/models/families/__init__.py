@@ -1,0 +1,45 @@
+"""Which family a Hugging Face `model_type` belongs to, and the tensors that its checkpoints hold."""
+
+from types import ModuleType
+
+from gemfilter_jax.config import ModelConfig
+from gemfilter_jax.models.families import llama, mistral, phi, qwen
+
+FAMILIES: dict[str, ModuleType] = {
+    "llama": llama,
+    "mistral": mistral,
+    "ministral": mistral,
+    "phi3": phi,
+    "qwen2": qwen,
+    "qwen3": qwen,
+}
+"""Each has `config_from_hf(fields, source)` and `LAYER_WEIGHTS`."""
+
+_MODEL_WEIGHTS = {
+    "model.embed_tokens.weight": ("embedding",),
+    "model.norm.weight": ("final_norm.scale",),
+    "lm_head.weight": ("lm_head.kernel",),
+}
+# Written into old checkpoints by mistake, never read: the same numbers follow from the config.
+_IGNORED_SUFFIX = ".rotary_emb.inv_freq"
+
+
+def tensors(config: ModelConfig) -> dict[str, tuple[int | None, tuple[str, ...]]]:
+    """Every tensor that a checkpoint of this family and size may hold, under its Hugging Face name.
+
+    Returns:
+      tensor name -> its layer (None if it belongs to no layer) and the parameters that its rows fill, in order.
+    """
+    of_layer: dict[str, tuple[str, ...]] = FAMILIES[config.family].LAYER_WEIGHTS
+    found: dict[str, tuple[int | None, tuple[str, ...]]] = {}
+    for name, targets in _MODEL_WEIGHTS.items():
+        found[name] = None, targets
+    for layer in range(config.layers):
+        for name, targets in of_layer.items():
+            found[f"model.layers.{layer}.{name}"] = layer, targets
+    return found
+
+
+def is_leftover(name: str, config: ModelConfig) -> bool:
+    """Whether a tensor may be in a checkpoint although nothing reads it."""
+    return name.endswith(_IGNORED_SUFFIX) or (config.tie_embeddings and name == "lm_head.weight")

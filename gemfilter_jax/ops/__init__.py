@@ -1,0 +1,1 @@
+"""Operations on arrays: attention, key scores, selection of the best."""

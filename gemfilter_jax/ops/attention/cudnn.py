@@ -1,0 +1,50 @@
+"""Attention on NVIDIA GPUs by cuDNN's flash attention, through `jax.nn.dot_product_attention`."""
+
+import jax
+import jax.numpy as jnp
+
+from gemfilter_jax.ops.attention.visibility import TriShape, static_window
+
+
+def causal(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    lengths: jax.Array,
+    window: jax.typing.ArrayLike | None,
+    pattern: TriShape | None,
+) -> jax.Array:
+    """`attention.causal` in one call; zeros for rows of padding.
+
+    Raises:
+      NotImplementedError: a tri_shape, a traced window, a dtype, a head width or a device that cuDNN does not take, or
+        no cuDNN.
+    """
+    if pattern is not None:
+        raise NotImplementedError(f"gives its log-sum-exp in {q.dtype}, too coarse to merge a tri_shape's parts by")
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"takes bfloat16 and float16, not {q.dtype}")
+    if q.shape[-1] % 8 or q.shape[-1] > 256:
+        raise NotImplementedError(f"takes head widths that are multiples of 8 up to 256, not {q.shape[-1]}")
+    capability = getattr(jax.devices()[0], "compute_capability", None)
+    if capability is not None and float(capability) < 8:
+        raise NotImplementedError(f"needs compute capability 8.0, and the device has {capability}")
+    lengths = lengths.astype(jnp.int32)
+    before = None if window is None else static_window(window, q.shape[1]) - 1
+    try:
+        out = jax.nn.dot_product_attention(
+            q,
+            k,
+            v,
+            is_causal=True,
+            query_seq_lengths=lengths,
+            key_value_seq_lengths=lengths,
+            local_window_size=None if before is None else (before, 0),
+            implementation="cudnn",
+        )
+    except RuntimeError as error:
+        if isinstance(error, NotImplementedError):
+            raise
+        raise NotImplementedError(str(error)) from error
+    return jnp.where((jnp.arange(q.shape[1]) < lengths[:, None])[..., None, None], out, 0)

@@ -1,0 +1,266 @@
+"""Attention in plain XLA, blockwise, on every platform: serves whatever is asked for."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from gemfilter_jax.ops.attention.visibility import TriShape
+from gemfilter_jax.ops.precision import precision_of
+from gemfilter_jax.parallel import collectives, shards
+
+_BLOCK = 512  # queries and keys per block: the fastest of 64..1024 on two AVX-512 cores at S = 8192, E = 64
+_BAND_BLOCK = 256  # of a tri_shape: what lies outside the band in a block is computed for nothing
+_MASKED = -1e30  # finite, so that a row without any visible key yields numbers instead of NaN
+
+
+def causal(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    lengths: jax.Array,
+    window: jax.typing.ArrayLike | None,
+    pattern: TriShape | None,
+) -> jax.Array:
+    """`attention.causal` with an online softmax over blocks of keys (Dao et al. 2022).
+
+    Blocks above the diagonal or outside what every row of a block sees, and query blocks that hold only padding, are
+    skipped.
+    """
+    if pattern is not None:
+        firsts = k[:, : pattern.first], v[:, : pattern.first]
+        out = banded(q, k, v, firsts, lengths=lengths, window=window, pattern=pattern)
+        return with_tails(out, q, k, v, lengths=lengths, window=window, pattern=pattern)
+    length = q.shape[1]
+    block = min(_BLOCK, length)
+    q_blocks, k_blocks, v_blocks = (padded(x, block) for x in (q, k, v))
+    return _dense(q_blocks, k_blocks, v_blocks, lengths, block, window)[:, :length]
+
+
+def padded(x: jax.Array, block: int) -> jax.Array:
+    """x [B, S, ...] with zeros behind it up to whole blocks."""
+    missing = -x.shape[1] % block
+    return jnp.pad(x, ((0, 0), (0, missing), *((0, 0),) * (x.ndim - 2))) if missing else x
+
+
+def with_tails(
+    out: jax.Array,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    lengths: jax.Array,
+    window: jax.typing.ArrayLike | None,
+    pattern: TriShape,
+) -> jax.Array:
+    """The result [B, S, H, E] of a tri_shape's first tokens and band, with its last rows computed densely."""
+    if pattern.room == 0:
+        return out
+    cut = shards.cut(mirrored=False)
+    length = q.shape[1]
+    room = min(pattern.room, length * cut.parts)
+    positions = lengths[:, None] - room + jnp.arange(room)
+    dense = rows(cut.rows(q, positions), positions, k, v, window=window)
+    local, here = cut.local(length, positions)
+    in_tail = positions >= jnp.maximum(lengths - pattern.tails, 0)[:, None]
+    columns = jnp.where(in_tail & here, local, length)
+    return out.at[jnp.arange(len(out))[:, None], columns].set(dense, mode="drop")
+
+
+def _dense(
+    q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array, block: int, window: jax.typing.ArrayLike | None
+) -> jax.Array:
+    groups, repeats = k.shape[2], q.shape[2] // k.shape[2]
+    scaled = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+    blocks = rearrange(scaled, "b (n s) (g r) e -> n b g (r s) e", s=block, g=groups)
+    k, v = rearrange(k, "b s g e -> b g s e"), rearrange(v, "b s g e -> b g s e")
+    ahead = jnp.tile(jnp.arange(block)[:, None] - jnp.arange(block), (repeats, 1))  # of a query to a key in one block
+
+    def attend(index, queries):
+        def accumulate(j, carry, diagonal=False):
+            kj = jax.lax.dynamic_slice_in_dim(k, j * block, block, axis=2)
+            vj = jax.lax.dynamic_slice_in_dim(v, j * block, block, axis=2)
+            distance = ahead + (index - j) * block
+            seen = [distance >= 0] if diagonal else []
+            if window is not None:
+                seen.append(distance < window)
+            return accumulated(queries, kj, vj, seen, carry)
+
+        start = 0 if window is None else jnp.maximum(index * block - window + 1, 0) // block
+        carry = jax.lax.fori_loop(start, index, accumulate, nothing(queries))
+        return finished(accumulate(index, carry, diagonal=True), q.dtype)
+
+    out = _over_query_blocks(attend, lengths, block, len(blocks), blocks)
+    return rearrange(out, "n b g (r s) e -> b (n s) (g r) e", r=repeats)
+
+
+def banded(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    firsts: tuple[jax.Array, jax.Array],
+    *,
+    lengths: jax.Array,
+    window: jax.typing.ArrayLike | None,
+    pattern: TriShape,
+    start: jax.typing.ArrayLike = 0,
+) -> jax.Array:
+    """First tokens and band of a tri_shape: a block's queries see few keys, whose softmax is made in one go.
+
+    Args:
+      q: [B, S, H, E], of a prompt's positions from `start` on, which may be traced.
+      k, v: [B, N + S, G, E], of the N positions before them too.
+      firsts: keys and values [B, F, G, E] of the first tokens.
+    """
+    length, before = q.shape[1], k.shape[1] - q.shape[1]
+    block = min(_BAND_BLOCK, length)
+    missing = -length % block
+    q, k, v = (jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) for x in (q, k, v))
+    first, repeats = firsts[0].shape[1], q.shape[2] // k.shape[2]
+    span = min(-(-(pattern.band - 1) // block) * block + block, k.shape[1])
+    near = pattern.band if window is None else jnp.minimum(window, pattern.band)
+    scale = jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+
+    def attend(index):
+        queries = jax.lax.dynamic_slice_in_dim(q, index * block, block, axis=1) * scale
+        queries = rearrange(queries, "b s (g r) e -> b g (r s) e", r=repeats)
+        end = before + (index + 1) * block
+        begin = jnp.maximum(end - span, 0)
+
+        def seen(x, first_x):
+            band = jax.lax.dynamic_slice_in_dim(x, begin, span, axis=1)
+            return rearrange(jnp.concatenate([first_x, band], axis=1), "b k g e -> b g k e")
+
+        keys, values = seen(k, firsts[0]), seen(v, firsts[1])
+        places = jnp.concatenate([jnp.arange(first), start - before + begin + jnp.arange(span)])
+        distance = start + index * block + jnp.arange(block)[:, None] - places
+        in_band = (distance >= 0) & (distance < near) & (places >= 0)
+        far = distance >= near if window is None else (distance >= near) & (distance < window)
+        bias = jnp.where(jnp.where(jnp.arange(first + span) < first, far, in_band), 0.0, _MASKED)
+        precision = precision_of(queries)
+        logits = jnp.einsum("bgqe,bgke->bgqk", queries, keys, precision=precision, preferred_element_type=jnp.float32)
+        logits = rearrange(logits, "b g (r s) k -> b g r s k", r=repeats) + bias
+        mass = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
+        total = rearrange(mass.sum(axis=-1), "b g r s -> b g (r s) 1")
+        mass = rearrange(mass.astype(v.dtype), "b g r s k -> b g (r s) k")
+        summed = jnp.einsum("bgqk,bgke->bgqe", mass, values, precision=precision, preferred_element_type=jnp.float32)
+        return rearrange((summed / total).astype(q.dtype), "b g (r s) e -> b s (g r) e", r=repeats)
+
+    out = _over_query_blocks(attend, lengths - start, block, q.shape[1] // block)
+    return rearrange(out, "n b s h e -> b (n s) h e")[:, :length]
+
+
+def _over_query_blocks(
+    attend: Callable[..., jax.Array], lengths: jax.Array, block: int, count: int, *blocks: jax.Array
+) -> jax.Array:
+    """attend(index, *block) over so many query blocks and what belongs to each, stacked; zeros where all is padding."""
+    last = (jnp.max(lengths) - 1) // block
+
+    def attend_unless_padding(numbered):
+        nothing = jax.eval_shape(attend, *numbered)
+        zeros = functools.partial(jnp.zeros, nothing.shape, nothing.dtype)
+        return jax.lax.cond(numbered[0] <= last, attend, lambda *_: zeros(), *numbered)
+
+    return jax.lax.map(attend_unless_padding, (jnp.arange(count), *blocks))
+
+
+Sums = tuple[jax.Array, jax.Array, jax.Array]  # of an online softmax: weighted values, largest logit, total mass
+
+
+def nothing(queries: jax.Array) -> Sums:
+    """The sums before any key was seen, for queries [B, G, Q, E]."""
+    shape = queries.shape[:-1]
+    return jnp.zeros(queries.shape, jnp.float32), jnp.full(shape, _MASKED), jnp.zeros(shape, jnp.float32)
+
+
+def accumulated(queries: jax.Array, k: jax.Array, v: jax.Array, seen: list[jax.Array], sums: Sums) -> Sums:
+    """Add keys and values [B, G, K, E] where all of `seen`, broadcast to [B, G, Q, K], is true."""
+    acc, peak, total = sums
+    precision = precision_of(queries)
+    logits = jnp.einsum("bgqe,bgke->bgqk", queries, k, precision=precision, preferred_element_type=jnp.float32)
+    for visible in seen:
+        logits = jnp.where(visible, logits, _MASKED)
+    new_peak = jnp.maximum(peak, logits.max(axis=-1))
+    mass = jnp.exp(logits - new_peak[..., None])
+    decay = jnp.exp(peak - new_peak)
+    update = jnp.einsum(
+        "bgqk,bgke->bgqe", mass.astype(v.dtype), v, precision=precision, preferred_element_type=jnp.float32
+    )
+    return acc * decay[..., None] + update, new_peak, total * decay + mass.sum(axis=-1)
+
+
+def finished(sums: Sums, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Attention's result from its sums; every row must have seen a block."""
+    acc, _, total = sums
+    return (acc / total[..., None]).astype(dtype)
+
+
+def _of_all_parts(sums: Sums) -> Sums:
+    """Sums over all keys, from those of this device's."""
+    acc, peak, total = sums
+    highest = collectives.pmax(peak, "seq")
+    share = jnp.exp(peak - highest)
+    return collectives.psum(acc * share[..., None], "seq"), highest, collectives.psum(total * share, "seq")
+
+
+def rows(
+    q: jax.Array, positions: jax.Array, k: jax.Array, v: jax.Array, *, window: jax.typing.ArrayLike | None = None
+) -> jax.Array:
+    """Dense causal attention of some rows of a sequence, blockwise over its keys.
+
+    Args:
+      q: [B, R, H, E]. positions: int [B, R], where the rows stand in the sequence. k, v: [B, S, G, E], this device's
+        part of them where sequences are cut, not mirrored.
+      window: how many keys a query sees, its own included, may be traced; None for all before it.
+
+    Returns:
+      [B, R, H, E] in q's dtype; rows at negative positions are unspecified but finite.
+    """
+    with jax.named_scope("attention_rows"):
+        groups, repeats = k.shape[2], q.shape[2] // k.shape[2]
+        within = positions - shards.cut(mirrored=False).starts(k.shape[1])
+        block = min(_BLOCK, k.shape[1])
+        k, v = (rearrange(padded(x, block), "b s g e -> b g s e") for x in (k, v))
+        queries = rearrange(q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype), "b s (g r) e -> b g (r s) e", g=groups)
+        own = jnp.tile(within, (1, repeats))[:, None, :, None]
+
+        def accumulate(j, sums):
+            distance = own - (j * block + jnp.arange(block))
+            seen = [distance >= 0] if window is None else [distance >= 0, distance < window]
+            kj = jax.lax.dynamic_slice_in_dim(k, j * block, block, axis=2)
+            vj = jax.lax.dynamic_slice_in_dim(v, j * block, block, axis=2)
+            return accumulated(queries, kj, vj, seen, sums)
+
+        blocks = jnp.minimum(jnp.max(within) // block + 1, k.shape[2] // block)
+        out = finished(_of_all_parts(jax.lax.fori_loop(0, blocks, accumulate, nothing(queries))), q.dtype)
+        return rearrange(out, "b g (r s) e -> b s (g r) e", r=repeats)
+
+
+def one_row(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, lengths: jax.Array, window: jax.typing.ArrayLike | None = None
+) -> jax.Array:
+    """Attention of one new token per row to a cache.
+
+    Args:
+      q: [B, 1, H, E]. k, v: [B, C, G, E]. lengths: [B], how many of the C are filled, the new token included.
+      window: how many of the last keys the token sees, its own included, may be traced; None for all.
+
+    Returns:
+      [B, 1, H, E].
+    """
+    with jax.named_scope("attention"):
+        precision = precision_of(q)
+        rows = rearrange(q[:, 0] * jnp.asarray(q.shape[-1] ** -0.5, q.dtype), "b (g r) e -> b g r e", g=k.shape[2])
+        logits = jnp.einsum("bgre,bcge->bgrc", rows, k, precision=precision, preferred_element_type=jnp.float32)
+        places = jnp.arange(k.shape[1])
+        visible = places < lengths[:, None]
+        if window is not None:
+            visible &= places >= lengths[:, None] - window
+        weights = jax.nn.softmax(jnp.where(visible[:, None, None], logits, _MASKED), axis=-1)
+        out = jnp.einsum(
+            "bgrc,bcge->bgre", weights.astype(v.dtype), v, precision=precision, preferred_element_type=jnp.float32
+        )
+        return rearrange(out, "b g r e -> b 1 (g r) e").astype(q.dtype)

@@ -1,0 +1,248 @@
+"""The one door to selection scoring: how much the observation rows attend to each key, without a [H, W, S] array.
+
+Axes: B batch, S prompt tokens, W observation rows, H query heads, G key/value heads, E head width.
+"""
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange, reduce
+
+from gemfilter_jax.parallel import collectives
+from gemfilter_jax.parallel.shards import Cut
+
+Normalisation = Literal["none", "softmax", "sink"]
+Implementation = Literal["pallas", "xla"]
+Merge = Callable[[jax.Array], jax.Array]
+"""Makes the references [B, ...] of rows, over the keys at hand, those over all keys."""
+
+_ROW_BLOCK = 64  # observation rows at a time where all rows observe
+_BLOCK = 1024  # keys scored at a time: bounds the logits to [B, H, W, block]
+_LARGEST_EXPONENT = 60.0  # e^60 summed over all rows and heads still fits float32
+
+
+def score_keys(
+    q: jax.Array,
+    rows: jax.Array,
+    k: jax.Array,
+    *,
+    head_weights: jax.Array,
+    normalisation: Normalisation,
+    window: jax.typing.ArrayLike | None = None,
+    cut: Cut | None = None,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    """The score of every key, summed over observation rows and weighted heads.
+
+    Args:
+      q: [B, W, H, E], queries after rotary. rows: int [B, W], their positions below S; negative ones do not count.
+      k: [B, S, G, E], keys after rotary.
+      head_weights: float [H], or [N, H] for N weightings at once: `jnp.eye(H)` gives each head's own scores,
+        `jnp.repeat(jnp.eye(G), H // G, axis=1)` those of each key head.
+      normalisation: what becomes of the inner products of a row and the keys up to its own position.
+        "none": summed as they are, without scale, over all keys (GemFilter, arXiv 2409.17422, section 3). One product
+        of summed queries and keys, which XLA makes at the speed of memory: there is no kernel for it.
+        "softmax": attention probabilities.
+        "sink": exp(logit - logit of key 0), comparable between segments that share their first tokens, where each
+        segment's own softmax is not.
+      window: how many keys a row sees, its own included, may be traced; None for all before it. Not for "none".
+      cut: how the keys are cut over the mesh's seq axis in the program that this stands in; k is this device's part of
+        them, and the scores are those of that part. None if they are whole. Heads may be cut in any case: q, k and
+        `head_weights` are then those of this device.
+      implementation: "pallas" is this platform's kernel: for TPU, or for NVIDIA Hopper on a GPU. None takes it where
+        this process has one TPU device or the call stands in a `shard_map` on TPU, because XLA cannot partition a
+        kernel, and "xla" elsewhere and for what the kernel cannot serve: the GPU kernel is not yet measured on one.
+
+    Returns:
+      float32 [B, S], or [B, N, S] for N weightings. Keys of padding score too under "none": mask them by length.
+
+    Raises:
+      NotImplementedError: `implementation` is "pallas" and cannot serve these shapes; the message says why.
+    """
+    with jax.named_scope("scoring"):
+        weighted = head_weights.astype(jnp.float32)
+        if cut is not None and cut.parts > 1 and normalisation != "none":
+            scores = _scores_of_part(q, rows, k, weighted, normalisation == "sink", window, cut, implementation)
+        else:
+            scores = _scores(q, rows, k, weighted, normalisation, window, implementation)
+        return collectives.psum(scores, "model")
+
+
+def _scores(
+    q: jax.Array,
+    rows: jax.Array,
+    k: jax.Array,
+    head_weights: jax.Array,
+    normalisation: Normalisation,
+    window: jax.typing.ArrayLike | None,
+    implementation: Implementation | None,
+    merge: Merge | None = None,
+) -> jax.Array:
+    if normalisation == "none":
+        groups = k.shape[2]
+        counted = reduce(q.astype(jnp.float32) * (rows >= 0)[..., None, None], "b w h e -> b h e", "sum")
+        counted = rearrange(counted, "b (g r) e -> b g r e", g=groups)
+        summed = jnp.einsum("bgre,...gr->b...ge", counted, _by_group(head_weights, groups), precision="highest")
+        return jnp.einsum("b...ge,bsge->b...s", summed, k, precision="highest", preferred_element_type=jnp.float32)
+    from_sink = normalisation == "sink"
+    if implementation == "pallas" or (implementation is None and _may_run_kernels()):
+        try:
+            return _kernels().masses(
+                q,
+                rows,
+                k,
+                head_weights,
+                from_sink=from_sink,
+                window=window,
+                largest_exponent=_LARGEST_EXPONENT,
+                merge=merge,
+            )
+        except NotImplementedError:
+            if implementation is not None:
+                raise
+    return _masses(q, rows, k, head_weights, from_sink=from_sink, window=window, merge=merge)
+
+
+def _scores_of_part(
+    q: jax.Array,
+    rows: jax.Array,
+    k: jax.Array,
+    head_weights: jax.Array,
+    from_sink: bool,
+    window: jax.typing.ArrayLike | None,
+    cut: Cut,
+    implementation: Implementation | None,
+) -> jax.Array:
+    """Scores of this device's part of the keys, its pieces as so many prompts; each row's reference is made of all."""
+    if window is not None:
+        raise NotImplementedError("keys that are cut are scored without a window")
+    starts = cut.starts(k.shape[1])
+    size = k.shape[1] // cut.pieces
+
+    def merge(reference: jax.Array) -> jax.Array:
+        of_pieces = rearrange(reference, "(p b) ... -> p b ...", p=cut.pieces)
+        if from_sink:
+            first = (starts == 0).reshape(-1, *(1,) * (of_pieces.ndim - 1))
+            merged = collectives.psum(jnp.where(first, of_pieces, 0.0).sum(axis=0), "seq")
+        else:
+            peak = collectives.pmax(of_pieces.max(axis=0), "seq")
+            finite = jnp.where(jnp.isfinite(peak), peak, 0.0)
+            merged = finite + jnp.log(collectives.psum(jnp.exp(of_pieces - finite).sum(axis=0), "seq"))
+        return jnp.tile(merged, (cut.pieces, *(1,) * (merged.ndim - 1)))
+
+    within = rows - starts[:, None, None]
+    within = jnp.where(rows >= 0, jnp.clip(within, -1, size - 1), -1)
+    scores = _scores(
+        jnp.tile(q, (cut.pieces, 1, 1, 1)),
+        rearrange(within, "p b w -> (p b) w"),
+        rearrange(k, "b (p s) g e -> (p b) s g e", p=cut.pieces),
+        head_weights,
+        "sink" if from_sink else "softmax",
+        None,
+        implementation,
+        merge,
+    )
+    return rearrange(scores, "(p b) ... s -> b ... (p s)", p=cut.pieces)
+
+
+def score_keys_by_all_rows(
+    q: jax.Array,
+    lengths: jax.Array,
+    k: jax.Array,
+    *,
+    head_weights: jax.Array,
+    normalisation: Normalisation,
+    window: jax.typing.ArrayLike | None = None,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    """`score_keys` with every row of right-padded prompts as an observation row, as H2O scores (arXiv 2306.14048).
+
+    Args:
+      q: [B, S, H, E]. lengths: int [B]; rows past them do not count. The rest as in `score_keys`.
+
+    Returns:
+      float32 [B, S], or [B, N, S] for N weightings.
+    """
+    length = q.shape[1]
+    block = min(_ROW_BLOCK, length)
+
+    def add(index, scores):
+        start = jnp.minimum(index * block, length - block)
+        rows = start + jnp.arange(block)
+        counted = (rows >= index * block) & (rows < lengths[:, None])
+        return scores + score_keys(
+            jax.lax.dynamic_slice_in_dim(q, start, block, axis=1),
+            jnp.where(counted, rows, -1),
+            k,
+            head_weights=head_weights,
+            normalisation=normalisation,
+            window=window,
+            implementation=implementation,
+        )
+
+    nothing = jnp.zeros((len(q), *head_weights.shape[:-1], length), jnp.float32)
+    return jax.lax.fori_loop(0, (jnp.max(lengths) + block - 1) // block, add, nothing)
+
+
+def _kernels() -> ModuleType:
+    """Those of this platform. Pallas takes a quarter of a second to import."""
+    if collectives.platform() == "gpu":
+        from gemfilter_jax.pallas_kernels import gpu
+
+        return gpu
+    from gemfilter_jax.pallas_kernels import tpu
+
+    return tpu
+
+
+def _may_run_kernels() -> bool:
+    alone = jax.device_count() == 1 or bool(jax.sharding.get_abstract_mesh().manual_axes)
+    return collectives.platform() == "tpu" and alone
+
+
+def _masses(
+    q: jax.Array,
+    rows: jax.Array,
+    k: jax.Array,
+    head_weights: jax.Array,
+    *,
+    from_sink: bool,
+    window: jax.typing.ArrayLike | None,
+    merge: Merge | None,
+) -> jax.Array:
+    length, groups = k.shape[1], k.shape[2]
+    block = min(_BLOCK, length)
+    key_blocks = jnp.pad(k, ((0, 0), (0, -length % block), (0, 0), (0, 0)))
+    key_blocks = rearrange(key_blocks, "b (n s) g e -> n b g s e", s=block)
+    queries = rearrange(q.astype(jnp.float32) * q.shape[-1] ** -0.5, "b w (g r) e -> b g r w e", g=groups)
+
+    def logits(index, keys):
+        products = jnp.einsum("bgrwe,bgse->bgrws", queries, keys.astype(jnp.float32), precision="highest")
+        distance = rows[..., None] - (index * block + jnp.arange(block))
+        seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+        return jnp.where(seen[:, None, None], products, -jnp.inf)
+
+    numbered = (jnp.arange(len(key_blocks)), key_blocks)
+    if from_sink:
+        sink = k[:, 0].astype(jnp.float32)
+        reference = jnp.einsum("bgrwe,bge->bgrw", queries, sink, precision="highest")
+    else:
+        per_block = jax.lax.map(lambda x: jax.nn.logsumexp(logits(*x), axis=-1), numbered)
+        reference = jax.nn.logsumexp(per_block, axis=0)
+    reference = reference if merge is None else merge(reference)
+
+    weights = _by_group(head_weights, groups)
+
+    def mass(numbered_block):
+        relative = logits(*numbered_block) - jnp.where(jnp.isfinite(reference), reference, 0.0)[..., None]
+        return jnp.einsum("bgrws,...gr->b...s", jnp.exp(jnp.minimum(relative, _LARGEST_EXPONENT)), weights)
+
+    return rearrange(jax.lax.map(mass, numbered), "n b ... s -> b ... (n s)")[..., :length]
+
+
+def _by_group(head_weights: jax.Array, groups: int) -> jax.Array:
+    """[..., H] -> [..., G, H / G]."""
+    return rearrange(head_weights, "... (g r) -> ... g r", g=groups)

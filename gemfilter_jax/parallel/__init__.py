@@ -1,0 +1,1 @@
+"""Meshes, collectives, sequence shards and processes."""

@@ -1,0 +1,151 @@
+"""Presets: what the paper publishes, the rule for other models, what comes with the package, files of one's own."""
+
+import dataclasses
+import json
+import pathlib
+
+import pytest
+import tiny
+
+from gemfilter_jax.config import ModelConfig
+from gemfilter_jax.errors import UserError
+from gemfilter_jax.methods import presets
+from gemfilter_jax.methods.gemfilter.method import GemFilter
+from gemfilter_jax.methods.presets import Preset, preset_for, read_preset, write_preset
+
+_MODEL = {"layers": 4, "width": 32, "heads": 4, "kv_heads": 2, "vocab": 128}
+_DEFAULT = {"filter_layer": 2, "keep": 96, "head_weights": [0, 1, 0.5, 0]}
+FIELDS = {"name": "tiny", "model": _MODEL, "default": _DEFAULT, "paper_layer": 3, "source": "here"}
+_OWN = GemFilter(filter_layer=2, keep=96, head_weights=(0.0, 1.0, 0.5, 0.0))
+
+
+def config(layers: int, width: int, heads: int, kv_heads: int, vocab: int) -> ModelConfig:
+    shape = {"layers": layers, "width": width, "heads": heads, "kv_heads": kv_heads, "vocab": vocab}
+    return dataclasses.replace(tiny.CONFIG, **shape)
+
+
+@pytest.mark.parametrize(
+    ("shape", "name", "layer"),
+    [
+        ((32, 4096, 32, 8, 128256), "Llama-3.1-8B", 13),
+        ((40, 5120, 32, 8, 131072), "Mistral-Nemo-12B", 19),
+        ((32, 3072, 32, 32, 32064), "Phi-3.5-mini", 19),
+    ],
+)
+def test_the_papers_models_have_its_layers(shape, name, layer):
+    preset = preset_for(config(*shape))
+    assert preset.name == name
+    assert preset.method("paper") == GemFilter.paper(filter_layer=layer, keep=1024)
+    assert preset.method("default") == GemFilter(filter_layer=layer, keep=1024)
+
+
+def test_other_models_are_filtered_at_the_same_depth():
+    preset = preset_for(config(24, 896, 14, 2, 151936))
+    assert preset.name == "none"
+    assert preset.layer("default") == preset.layer("paper") == 10  # 24 * 13 / 32 = 9.75
+    assert "layer 10 of 24" in preset.source
+
+
+def test_the_default_model_has_been_calibrated():
+    preset = preset_for(config(30, 576, 9, 3, 49152))
+    assert preset.default.filter_layer <= 16
+    chosen = {
+        row["layer"]: row["kept"] / row["facts"]
+        for row in preset.recall
+        if row["kind"] == "learned" and row["keep"] == preset.default.keep
+    }
+    assert chosen[preset.default.filter_layer] >= 0.97
+    assert all(share < 0.97 for layer, share in chosen.items() if layer < preset.default.filter_layer)
+
+
+def test_a_file(tmp_path):
+    path = tmp_path / "preset.json"
+    path.write_text(json.dumps(FIELDS))
+    preset = read_preset(path, tiny.CONFIG)
+    assert preset.method("default") == _OWN
+    assert preset.method("default", 50, 1) == dataclasses.replace(_OWN, keep=50, filter_layer=1)
+    assert preset.method("default", presets.AUTO) == dataclasses.replace(_OWN, share=presets.AUTO_SHARE)
+    adaptive = dataclasses.replace(preset, default=dataclasses.replace(_OWN, share=0.4))
+    assert adaptive.method("default").share == adaptive.method("default", presets.AUTO).share == 0.4
+    assert adaptive.method("default", 50) == dataclasses.replace(_OWN, keep=50)
+    assert preset.method("paper") == GemFilter.paper(filter_layer=3, keep=96)
+    with pytest.raises(UserError, match="keep=auto"):
+        preset.method("paper", presets.AUTO)
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    method = dataclasses.replace(
+        _OWN,
+        share=0.5,
+        pooling="mean",
+        sentences=False,
+        filter_attention="dense",
+        rounds=(9, 8),
+        segment=640,
+        filter_precision="int8",
+    )
+    written = Preset("tiny", method, paper_layer=1, source="here", recall=({"layer": 1}, {"layer": 2}))
+    path = tmp_path / "preset.json"
+    path.write_text(write_preset(written, tiny.CONFIG))
+    assert read_preset(path, tiny.CONFIG) == written
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model": _MODEL | {"layers": 5}}, "is for a model with layers 5; this one has 4"),
+        ({"model": _MODEL | {"vocab": None}}, "'vocab' is missing"),
+        ({"model": [4]}, "'model': expected a JSON object"),
+        ({"paper_layer": None}, "'paper_layer' is missing"),
+        ({"paper_layer": 4}, "'paper_layer' is 4; the model has layers 0 to 3"),
+        ({"share": 0.5}, "unsupported field.* share"),
+        ({"recall": 3}, "'recall' must be a list"),
+        ({"heads": [1]}, "unsupported field.* heads"),
+    ],
+    ids=str,
+)
+def test_a_file_that_does_not_fit(tmp_path, change, words):
+    _check_refused(tmp_path, FIELDS | change, words)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"filter_layer": 4}, "'filter_layer' is 4; the model has layers 0 to 3"),
+        ({"head_weights": [1, 1]}, "each of 4 query heads"),
+        ({"head_weights": [1, 1, -1, 1]}, "at least 0"),
+        ({"head_weights": [0, 0, 0, 0]}, "not all 0"),
+        ({"head_weights": [1, float("nan"), 0, 0]}, "each of 4 query heads"),
+        ({"keep": 0}, "'keep' is 0"),
+        ({"keep": True}, "'keep' is True"),
+        ({"share": "much"}, "'share' is 'much'"),
+        ({"share": 1.5}, "'share' is 1.5, expected at most 1"),
+        ({"sentences": 1}, "'sentences' is 1"),
+        ({"pooling": "median"}, "'pooling' is 'median', one of none, mean, max"),
+        ({"filter_precision": "half"}, "'filter_precision' is 'half', one of float, int8"),
+        ({"segment": 0}, "'segment' is 0"),
+        ({"rounds": 5}, "'rounds' is 5"),
+        ({"rounds": [5.5]}, "'rounds' is 5.5"),
+        ({"positions": "original"}, "unsupported field.* positions"),
+    ],
+    ids=str,
+)
+def test_a_rule_that_does_not_fit(tmp_path, change, words):
+    _check_refused(tmp_path, FIELDS | {"default": _DEFAULT | change}, words)
+
+
+def _check_refused(folder: pathlib.Path, fields: dict, words: str) -> None:
+    path = folder / "preset.json"
+    path.write_text(json.dumps(fields))
+    with pytest.raises(UserError, match=words) as error:
+        read_preset(path, tiny.CONFIG)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", [None, "{", "[1]", json.dumps(FIELDS)[:-40]])
+def test_no_preset_at_all(tmp_path, text):
+    path = tmp_path / "preset.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError, match=r"preset\.json"):
+        read_preset(path, tiny.CONFIG)

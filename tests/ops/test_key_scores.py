@@ -1,0 +1,148 @@
+"""Selection scores against a float64 reference that makes the [H, W, S] array, and proof that the package does not."""
+
+import contextlib
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from float64_scores import inputs, reference
+from jax.experimental.pallas import tpu as pltpu
+
+from gemfilter_jax.ops.key_scores import score_keys, score_keys_by_all_rows
+
+_NORMALISATIONS = ("none", "softmax", "sink")
+_IMPLEMENTATIONS = ("xla", "pallas")
+
+_score = jax.jit(score_keys, static_argnames=("normalisation", "implementation"))
+
+
+@functools.partial(jax.jit, static_argnames=("normalisation", "implementation"))
+def _score_by_all_rows(*args, **options):
+    return score_keys_by_all_rows(*args, **options)
+
+
+def _simulated(implementation: str) -> contextlib.AbstractContextManager:
+    """TPU kernels run on a simulated TPU, whose fresh memory holds NaN."""
+    return pltpu.force_tpu_interpret_mode() if implementation == "pallas" else contextlib.nullcontext()
+
+
+def _assert_close(scores: jax.Array, want: np.ndarray, error: float):
+    assert np.abs(np.asarray(scores) - want).max() / np.abs(want).max() < error
+
+
+@pytest.mark.parametrize("normalisation", _NORMALISATIONS)
+@pytest.mark.parametrize("implementation", _IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("lengths", "observed", "heads", "groups", "window", "options"),
+    [
+        pytest.param((40, 17), 1, 4, 2, None, {}, id="the last row alone"),
+        pytest.param((40, 33, 20, 1), 32, 4, 2, None, {}, id="prompts shorter than the window"),
+        pytest.param((1,), 1, 4, 2, None, {}, id="one key"),
+        pytest.param((1500, 1024, 1025), 32, 4, 2, None, {}, id="several blocks of keys, the last one short"),
+        pytest.param((100,), 8, 4, 1, None, {}, id="one key head"),
+        pytest.param((100,), 8, 3, 3, None, {"width": 96}, id="a key head for each query head"),
+        pytest.param((2100, 30), 8, 4, 2, 20, {}, id="a sliding window within a block"),
+        pytest.param((2100, 1030), 8, 4, 2, 1040, {}, id="a sliding window over a block's edge"),
+        pytest.param((1100, 90), 32, 4, 2, None, {"dtype": jnp.bfloat16, "width": 64}, id="bfloat16"),
+    ],
+)
+def test_scores_equal_the_reference(lengths, observed, heads, groups, window, options, implementation, normalisation):
+    q, rows, k, weights = inputs(lengths, observed, heads, groups, **options)
+    with _simulated(implementation):
+        scores = _score(
+            q, rows, k, head_weights=weights, normalisation=normalisation, window=window, implementation=implementation
+        )
+        scores.block_until_ready()
+    for row in range(len(lengths)):
+        want = reference(q[row], rows[row], k[row], weights, normalisation, window)
+        _assert_close(scores[row], want, 1e-2 if k.dtype == jnp.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("implementation", _IMPLEMENTATIONS)
+@pytest.mark.parametrize("normalisation", _NORMALISATIONS)
+def test_weightings_give_the_scores_of_each_head_and_each_key_head(normalisation, implementation):
+    q, rows, k, _ = inputs((60,), 8, 6, 2)
+    weights = np.concatenate([np.eye(6), np.repeat(np.eye(2), 3, axis=1)])
+    with _simulated(implementation):
+        scores = _score(
+            q, rows, k, head_weights=weights, normalisation=normalisation, implementation=implementation
+        ).block_until_ready()
+    assert scores.shape == (1, 8, 60)
+    for weighting, want in zip(scores[0], reference(q[0], rows[0], k[0], weights, normalisation), strict=True):
+        _assert_close(weighting, want, 1e-5)
+
+
+@pytest.mark.parametrize("implementation", _IMPLEMENTATIONS)
+@pytest.mark.parametrize("normalisation", _NORMALISATIONS)
+def test_large_logits_stay_finite(normalisation, implementation):
+    q, rows, k, weights = inputs((1100, 20), 32, 4, 2)
+    with _simulated(implementation):
+        scores = np.asarray(
+            _score(
+                q * 100, rows, k * 100, head_weights=weights, normalisation=normalisation, implementation=implementation
+            )
+        )
+    assert np.isfinite(scores).all()
+    if normalisation == "softmax":
+        mass = weights.sum(dtype=np.float64) * (rows >= 0).sum(axis=1)
+        np.testing.assert_allclose(scores.sum(axis=1, dtype=np.float64), mass, rtol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", _IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("normalisation", "window"), [("none", None), ("softmax", None), ("softmax", 50), ("sink", None)]
+)
+def test_all_rows_in_blocks_equal_all_rows_at_once(normalisation, window, implementation):
+    lengths = (150, 70)
+    q, _, k, weights = inputs(lengths, max(lengths), 4, 2)
+    with _simulated(implementation):
+        scores = _score_by_all_rows(
+            q,
+            np.asarray(lengths),
+            k,
+            head_weights=weights,
+            normalisation=normalisation,
+            window=window,
+            implementation=implementation,
+        ).block_until_ready()
+    for row, length in enumerate(lengths):
+        rows = np.where(np.arange(max(lengths)) < length, np.arange(max(lengths)), -1)
+        _assert_close(scores[row], reference(q[row], rows, k[row], weights, normalisation, window), 1e-5)
+
+
+def test_what_the_kernel_cannot_serve_is_refused_with_the_reason():
+    q, rows, k, weights = inputs((2000,), 2000, 32, 8)
+    with pytest.raises(NotImplementedError, match="64000 rows and 8 x 16 keys leave no room in VMEM"):
+        _score(q, rows, k, head_weights=weights, normalisation="softmax", implementation="pallas")
+    with pytest.raises(NotImplementedError, match="queries float32 and keys float16"):
+        _score(q, rows, k.astype(np.float16), head_weights=weights, normalisation="softmax", implementation="pallas")
+
+
+def test_the_door_takes_xla_for_what_the_kernel_cannot_serve(monkeypatch):
+    monkeypatch.setattr("gemfilter_jax.ops.key_scores._may_run_kernels", lambda: True)
+    q, rows, k, weights = inputs((40,), 4, 4, 2)
+    scores = score_keys(q, rows, k.astype(np.float16), head_weights=weights, normalisation="softmax")
+    _assert_close(scores[0], reference(q[0], rows[0], k[0].astype(np.float16), weights, "softmax"), 1e-5)
+
+
+def test_sink_scores_do_not_depend_on_the_segment():
+    """A key scores the same in a segment of its own as in the whole prompt, if both begin with the same key."""
+    q, rows, k, weights = inputs((90,), 4, 4, 2)
+    whole = np.asarray(_score(q, rows, k, head_weights=weights, normalisation="sink"))
+    kept = [0, *range(50, 90)]
+    part = np.asarray(_score(q, rows - 49, k[:, kept], head_weights=weights, normalisation="sink"))
+    np.testing.assert_allclose(part, whole[:, kept], rtol=1e-5)
+
+
+@pytest.mark.parametrize("normalisation", _NORMALISATIONS)
+def test_no_array_of_all_rows_and_keys_is_made(normalisation):
+    """All temporaries of the compiled program together are smaller than half of a float32 [H, W, S] array."""
+    length, window, heads = 32768, 32, 8
+    q = jax.ShapeDtypeStruct((1, window, heads, 8), jnp.float32)
+    k = jax.ShapeDtypeStruct((1, length, 2, 8), jnp.float32)
+    rows = jax.ShapeDtypeStruct((1, window), jnp.int32)
+    weights = jax.ShapeDtypeStruct((heads,), jnp.float32)
+    program = _score.lower(q, rows, k, head_weights=weights, normalisation=normalisation).compile()
+    assert program.memory_analysis().temp_size_in_bytes < heads * window * length * 4 / 2
