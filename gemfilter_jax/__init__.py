@@ -8,6 +8,7 @@ result.text, result.selection.passages, result.timings
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from gemfilter_jax.pipeline import Pipeline as Pipeline
     from gemfilter_jax.pipeline import Result as Result
     from gemfilter_jax.pipeline import load as load
+
+# transformers advises at import to install PyTorch, which is not needed here.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 _HOMES = {
     "load": "pipeline",

@@ -10,3 +10,8 @@ class UserError(ValueError):
 
     def __init__(self, message: str):
         super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an exception's message, or the exception itself where it has none."""
+    return (str(error).strip() or repr(error)).splitlines()[0]

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemfilter_jax import compile_cache
 from gemfilter_jax.buckets import bucket
 from gemfilter_jax.checkpoints import Checkpoint, Opened, load_checkpoint, mesh_for, open_checkpoint
 from gemfilter_jax.checkpoints.weights import BytesRead
@@ -23,7 +24,7 @@ from gemfilter_jax.methods.gemfilter.scoring_pass import Progress
 from gemfilter_jax.methods.presets import Preset, preset_for
 from gemfilter_jax.ops.attention import check_runs_here
 from gemfilter_jax.parallel import collectives, sharding
-from gemfilter_jax.text.prompt import MESSAGE_FORMAT, Prompt, around, encode
+from gemfilter_jax.text.prompt import MESSAGE_FORMAT, Prompt, check_format, encode
 from gemfilter_jax.timing import Stopwatch
 
 RULES = ("default", "paper")
@@ -56,8 +57,18 @@ class KeptText:
         return tuple(self.prompt[start:end] for start, end in self.spans)
 
     @property
+    def text(self) -> str:
+        """The kept passages, one after another, a line break between them."""
+        return "\n".join(self.passages)
+
+    def __repr__(self) -> str:
+        return (
+            f"KeptText(kept_tokens={self.kept_tokens}, prompt_tokens={self.prompt_tokens}, passages={len(self.spans)})"
+        )
+
+    @property
     def fields(self) -> dict[str, Any]:
-        """What JSON says of it."""
+        """The fields of its JSON."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "kept_tokens": self.kept_tokens,
@@ -85,9 +96,12 @@ class Result:
     selection: KeptText
     timings: dict[str, float]
 
+    def __repr__(self) -> str:
+        return f"Result(text={self.text!r}, stop_reason={self.stop_reason!r}, selection={self.selection!r})"
+
     @property
     def fields(self) -> dict[str, Any]:
-        """What JSON says of it."""
+        """The fields of its JSON."""
         return self.selection.fields | {"timings": self.timings, "text": self.text, "stop_reason": self.stop_reason}
 
 
@@ -122,7 +136,7 @@ class Pipeline:
     def check(self, method: GemFilter, max_new_tokens: int) -> None:
         """Raise a `UserError` if these settings can answer no prompt whatever."""
         filtering.check_method(self.checkpoint.model, method)
-        around(self.checkpoint.tokenizer, "?", self.chat_template, self.message_format)
+        check_format(self.checkpoint.tokenizer, self.chat_template, self.message_format)
         context = self.checkpoint.model.config.context
         if max_new_tokens >= context:
             raise UserError(f"max_new_tokens is {max_new_tokens}, but the model's context is {context}")
@@ -280,7 +294,7 @@ class Pipeline:
             state = programs.finish(model, state) if on_text is None else self._stream(state, on_text)
             tokens, counts, stopped = collectives.to_host((state.tokens, state.lengths, state.stopped))
         return [
-            self._result(*row, row_tokens[:count], bool(ended), watch.timings)
+            self._result(*row, row_tokens[:count], bool(ended), dict(watch.timings))
             for row, row_tokens, count, ended in list(zip(rows, tokens, counts, stopped, strict=True))[: len(prompts)]
         ]
 
@@ -414,6 +428,7 @@ def load(
     Raises:
       UserError: the model cannot be loaded, or the attention not run here, with the reason.
     """
+    compile_cache.enable()
     if isinstance(mesh, str):
         source = open_checkpoint(source) if isinstance(source, str) else source
         mesh = mesh_for(source, mesh, dtype=dtype, weights=weights, filter_layers=filter_layers)

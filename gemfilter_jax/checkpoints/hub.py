@@ -4,7 +4,7 @@ import pathlib
 
 import huggingface_hub
 
-from gemfilter_jax.errors import UserError
+from gemfilter_jax.errors import UserError, reason
 
 _FILES = ["*.json", "*.safetensors", "*.model", "*.jinja"]
 _NOT_NEEDED = ["original/*", "onnx/*"]
@@ -20,7 +20,6 @@ def cached_or_downloaded(repository: str) -> pathlib.Path:
         folder = huggingface_hub.snapshot_download(repository, allow_patterns=_FILES, ignore_patterns=_NOT_NEEDED)
         return pathlib.Path(folder)
     except Exception as error:  # the hub client raises its own, its HTTP library's and the operating system's errors
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"model {repository!r}: no such folder here, and not to be had from the hub ({reason})"
+            f"model {repository!r}: no such folder here, and not to be had from the hub ({reason(error)})"
         ) from error

@@ -12,13 +12,14 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from gemfilter_jax import config as config_lib
 from gemfilter_jax import files
+from gemfilter_jax.checkpoints import tokenizer_folder
 from gemfilter_jax.checkpoints.weights import Loading, abstract_decoder, check_arrays, parameter_name
 from gemfilter_jax.config import ModelConfig, take, take_flag
-from gemfilter_jax.errors import UserError
+from gemfilter_jax.errors import UserError, reason
 from gemfilter_jax.models.families import FAMILIES
 from gemfilter_jax.models.transformer import Decoder
 
@@ -90,7 +91,7 @@ class OrbaxFolder:
         except UserError:
             raise
         except Exception as error:  # Orbax and TensorStore raise many kinds for a missing or damaged file
-            raise UserError(f"{path}: damaged or incomplete Orbax checkpoint ({_first_line(error)})") from error
+            raise UserError(f"{path}: damaged or incomplete Orbax checkpoint ({reason(error)})") from error
         if loading.progress:
             size = sum(array.nbytes for array in arrays.values())
             loading.progress(size, size)
@@ -98,10 +99,7 @@ class OrbaxFolder:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that was saved with the weights."""
-        try:
-            return AutoTokenizer.from_pretrained(self.folder / _TOKENIZER, local_files_only=True)
-        except Exception as error:  # transformers raises many kinds for a missing or broken file
-            raise UserError(f"{self.folder}: no usable tokenizer ({_first_line(error)})") from error
+        return tokenizer_folder.load(self.folder / _TOKENIZER, self.folder)
 
     def stop_tokens(self) -> tuple[int, ...]:
         """Ids that end an answer."""
@@ -166,7 +164,3 @@ def _config_from_json(fields: Any, source: str) -> ModelConfig:
 
 def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0]

@@ -37,15 +37,15 @@ def main(_: list[str]) -> None:
 
     model = options.load_pipeline(FLAGS)
     methods = options.compared_methods(FLAGS, model)
-    console, rows = Console(), []
-    with console.status("measuring"):
+    rows = []
+    with terminal.status(options.console(), "measuring"):
         for made in bench.run(model, methods, lengths, new_tokens=FLAGS.max_new_tokens, repeats=FLAGS.repeats):
             rows += made
     if not processes.is_first():
         return
     environment = bench.environment()
     title = f"{model.checkpoint.name} on {environment['device']}, {environment['machine']}, jax {environment['jax']}"
-    console.print(terminal.table(title, _COLUMNS, [_cells(row) for row in rows]))
+    Console().print(terminal.table(title, _COLUMNS, [_cells(row) for row in rows]))
     if FLAGS.output:
         result = {
             "command": "bench",

@@ -71,7 +71,7 @@ def main(_: list[str]) -> None:
         filter_attention=FLAGS.filter_attention,
         filter_precision=FLAGS.filter_precision,
     )
-    with terminal.stages_progress(Console(stderr=True)) as progress:
+    with terminal.stages_progress(options.console()) as progress:
         judged, preset = calibration.calibrate(model, plan, paragraphs=paragraphs, progress=progress)
     asked = judged[0].learned[0].facts
     title = f"Share of {asked} facts kept, 95 % interval; {model.checkpoint.name}, {FLAGS.tokens:,} tokens"

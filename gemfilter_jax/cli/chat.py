@@ -29,11 +29,9 @@ def main(_: list[str]) -> None:
         raise UserError("no text; give --prompt_file=FILE (standard input is for questions)")
     text = options.read_prompt(FLAGS)
 
-    from rich.console import Console
-
     from gemfilter_jax.reporting import terminal
 
-    console = Console(stderr=True)
+    console = options.console()
     model = options.load_pipeline(FLAGS)
     method = options.chosen_method(FLAGS, model)
     document = model.document(text, method=method, cache=FLAGS.document_cache)

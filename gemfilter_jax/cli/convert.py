@@ -26,13 +26,11 @@ def main(_: list[str]) -> None:
     folder = pathlib.Path(FLAGS.output)
     files.check_new_folder(folder)
 
-    from rich.console import Console
-
     from gemfilter_jax import checkpoints
     from gemfilter_jax.checkpoints import orbax_folder
     from gemfilter_jax.reporting import terminal
 
-    with terminal.loading_progress(Console(stderr=True)) as progress:
+    with terminal.loading_progress(options.console()) as progress:
         loaded = checkpoints.load_checkpoint(FLAGS.model, FLAGS.dtype, weights=FLAGS.weights, progress=progress)
     orbax_folder.save(folder, loaded.name, loaded.model, loaded.tokenizer, loaded.stop_tokens)
     print(folder)

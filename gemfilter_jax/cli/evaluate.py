@@ -84,13 +84,13 @@ def main(_: list[str]) -> None:
     }
     if FLAGS.questions == "held_out":
         heading["questions"] = {flag.name: flag.value for flag in _HELD_OUT}
-    progress = Console(stderr=True)
-    with progress.status("hiding facts"):
+    progress = options.console()
+    with terminal.status(progress, "hiding facts"):
         cases = [case for length in lengths for case in _cases(model.checkpoint.tokenizer, length, paragraphs)]
     asked = [(name, case) for case in cases for name in methods]
     outcomes: dict[str, list[Outcome]] = {name: [] for name in methods}
     asking = {name: examples.Asking(model, method) for name, method in methods.items()}
-    for name, case in track(asked, "asking", console=progress, transient=True):
+    for name, case in track(asked, "asking", console=progress, transient=True, disable=not progress.is_terminal):
         outcomes[name].append(asking[name](case, shared=FLAGS.per_text > 1))
         if FLAGS.output and processes.is_first():  # after each answer, so that a run cut short leaves what it has
             files.write_whole(FLAGS.output, json.dumps(heading | _result(methods, outcomes), indent=1) + "\n")

@@ -10,11 +10,12 @@
   gemfilter convert    write a model as a checkpoint that loads straight onto many devices
   gemfilter plan       tell whether a model, a prompt and some devices fit together
 
-gemfilter COMMAND --help tells a command's flags.
+gemfilter COMMAND --help tells a command's flags; gemfilter --version tells the version.
 """
 
 import difflib
 import importlib
+import importlib.metadata
 import sys
 
 COMMANDS = ("generate", "chat", "select", "bench", "evaluate", "calibrate", "fetch", "convert", "plan")
@@ -25,6 +26,9 @@ def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("--help", "-h", "help"):
         print(str(__doc__).strip())
+        return
+    if name == "--version":
+        print(f"gemfilter {importlib.metadata.version('gemfilter-jax')}")
         return
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)

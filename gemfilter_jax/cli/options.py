@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
 import pathlib
 import sys
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ if TYPE_CHECKING:  # commands parse their flags before they import JAX, so that 
     from gemfilter_jax.config import ModelConfig
     from gemfilter_jax.methods.gemfilter.method import GemFilter, Method
     from gemfilter_jax.methods.presets import Preset
-    from gemfilter_jax.pipeline import Pipeline, Result
+    from gemfilter_jax.pipeline import KeptText, Pipeline, Result
 
 _METHODS = ("full", "default", "paper")
 _ALL_METHODS = (*_METHODS, "uncalibrated")
@@ -272,23 +271,18 @@ def load_pipeline(
     layers: "Callable[[Preset, ModelConfig], int] | None" = None,
     many_prompts: bool = False,
 ) -> "Pipeline":
-    """Load --model onto --mesh, with compiled programs kept in the user's cache folder between runs.
+    """Load --model onto --mesh.
 
     Args:
       layers: how many first layers are enough, without an LM head; None for the whole model.
       many_prompts: rather cut batches than prompts.
     """
-    import jax
-
     from gemfilter_jax import checkpoints, pipeline
     from gemfilter_jax.methods import presets
     from gemfilter_jax.parallel import sharding
     from gemfilter_jax.reporting import terminal
     from gemfilter_jax.text import prompt
 
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "gemfilter_jax"
-    jax.config.update("jax_compilation_cache_dir", str(cache / "programs"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     opened = checkpoints.open_checkpoint(values.model)
     if "preset" in values and values.preset is not None:
         preset = presets.read_preset(pathlib.Path(values.preset), opened.config)
@@ -358,10 +352,12 @@ def tell_kept(values: flags.FlagValues, model: "Pipeline", method: "GemFilter", 
 
     if values.show_kept:
         terminal.show_kept(Console(stderr=True), result.selection)
-    layers = layers_run(model, method)
+    layers = layers_run(model, method, result.selection)
     print(terminal.closing_lines(result.selection, layers, result.timings), file=sys.stderr)
 
 
-def layers_run(model: "Pipeline", method: "GemFilter") -> str:
+def layers_run(model: "Pipeline", method: "GemFilter", kept: "KeptText") -> str:
     """How much of the model stage 1 ran, for people."""
+    if kept.kept_tokens == kept.prompt_tokens:
+        return "nothing to filter"
     return f"layers 0 to {method.filter_layer} of {model.checkpoint.model.config.layers} picked"

@@ -60,10 +60,10 @@ def main(_: list[str]) -> None:
 
     from gemfilter_jax.parallel.sharding import MeshShape
     from gemfilter_jax.planning import plan
-    from gemfilter_jax.reporting import plans
+    from gemfilter_jax.reporting import plans, terminal
 
     request = _request()
-    with Console(stderr=True).status("compiling"):
+    with terminal.status(options.console(), "compiling"):
         made = plan.make(request, topology, FLAGS.mesh and MeshShape.parse(FLAGS.mesh))
         larger = None if made.fits else plan.smallest_that_fits(made)
     result = {

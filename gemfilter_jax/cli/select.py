@@ -3,7 +3,8 @@
   gemfilter select --prompt_file=book.txt --question="Who is the narrator?" --keep=512
 
 Text is the kept passages, one after another; on a terminal they are highlighted in their surroundings. JSON has
-prompt_tokens, kept_tokens, indices, spans (character offsets into the prompt) and timings.
+prompt_tokens, kept_tokens, indices, spans (character offsets into the prompt), passages, text (the passages, one after
+another) and timings.
 """
 
 import json
@@ -52,14 +53,14 @@ def main(_: list[str]) -> None:
     if not processes.is_first():
         return
     if FLAGS.format == "json":
-        print(json.dumps(kept.fields | {"timings": timings}))
+        print(json.dumps(kept.fields | {"passages": kept.passages, "text": kept.text, "timings": timings}))
     elif sys.stdout.isatty():
         terminal.show_kept(Console(), kept)
     else:
-        print("\n".join(kept.passages))
+        print(kept.text)
     if FLAGS.report:
         files.write_whole(FLAGS.report, html.page(kept, FLAGS.question))
-    print(terminal.closing_lines(kept, options.layers_run(model, method), timings), file=sys.stderr)
+    print(terminal.closing_lines(kept, options.layers_run(model, method, kept), timings), file=sys.stderr)
 
 
 def run() -> None:

@@ -16,6 +16,8 @@ from einops import rearrange, repeat
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from gemfilter_jax.parallel import collectives
+
 _ROWS = _BLOCK = 64  # rows and keys of a product: what `wgmma` multiplies at a time
 _MOST_BUFFERS = 4  # blocks of keys under way or at work
 _THREAD_BLOCKS = 512  # at least, where there are as many blocks of keys: two for each of 132 processors, twice
@@ -77,8 +79,9 @@ def masses(
 def _refuse_what_cannot_be_served(q: jax.Array, k: jax.Array, weightings: int) -> None:
     if q.dtype != k.dtype or k.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"queries {q.dtype} and keys {k.dtype}; both must be bfloat16 or both float16")
-    if jax.default_backend() == "gpu" and not jax.devices()[0].compute_capability.startswith("9."):
-        raise NotImplementedError(f"compute capability {jax.devices()[0].compute_capability}; the kernels need 9.0")
+    capability = collectives.compute_capability() if collectives.platform() == "gpu" else None
+    if capability is not None and not capability.startswith("9."):
+        raise NotImplementedError(f"compute capability {capability}; the kernels need 9.0")
     width = k.shape[-1]
     if width % 16:
         raise NotImplementedError(f"heads of {width}; their width must be a multiple of 16")

@@ -25,6 +25,13 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def compute_capability() -> str | None:
+    """That of the NVIDIA GPUs that the program being traced will run on; None where it cannot be known."""
+    kind = jax.sharding.get_abstract_mesh().abstract_device
+    alike = [device for device in jax.devices() if kind is None or device.device_kind == kind.device_kind]
+    return getattr(alike[0], "compute_capability", None) if alike else None
+
+
 def axis_size(axis: str) -> int:
     """Into how many parts the program that is being traced cuts a mesh axis."""
     mesh = jax.sharding.get_abstract_mesh()

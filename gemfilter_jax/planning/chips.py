@@ -9,7 +9,7 @@ import pathlib
 import re
 import sys
 
-from gemfilter_jax.errors import UserError
+from gemfilter_jax.errors import UserError, reason
 
 _LIBTPU = pathlib.Path(sys.prefix, "libtpu")  # where `make test` puts it
 
@@ -126,7 +126,7 @@ def devices(topology: Topology) -> list:
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=str(topology)).devices)
     except jax.errors.JaxRuntimeError as error:
-        raise UserError(f"topology {topology}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"topology {topology}: {reason(error)}") from error
 
 
 def versions(topology: Topology) -> dict[str, str]:

@@ -10,6 +10,7 @@ from rich.progress import (
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
@@ -64,6 +65,19 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 
 @contextlib.contextmanager
+def _bar(console: Console, *columns: ProgressColumn) -> Iterator[Progress]:
+    """A bar on a terminal that is gone at the end and leaves standard output alone; elsewhere nothing at all."""
+    bar = Progress(*columns, console=console, transient=True, redirect_stdout=False, disable=not console.is_terminal)
+    with bar:
+        yield bar
+
+
+def status(console: Console, doing: str) -> contextlib.AbstractContextManager[object]:
+    """A spinner on a terminal; elsewhere nothing at all."""
+    return console.status(doing) if console.is_terminal else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
 def reading_progress(console: Console) -> Iterator["TokensRead"]:
     """A bar of tokens read by stage 1; gone once all are, so that an answer can be streamed."""
     columns = (
@@ -73,13 +87,17 @@ def reading_progress(console: Console) -> Iterator["TokensRead"]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("reading", total=None, visible=False)
+    with contextlib.ExitStack() as shown:
+        bars: list[tuple[Progress, TaskID]] = []
 
         def report(read: int, total: int) -> None:
-            bar.update(task, completed=read, total=total, visible=True)
+            if not bars:
+                bar = shown.enter_context(_bar(console, *columns))
+                bars.append((bar, bar.add_task("reading", total=total)))
+            bar, task = bars[0]
+            bar.update(task, completed=read, total=total)
             if read == total:
-                bar.stop()
+                shown.close()
 
         yield report
 
@@ -88,7 +106,7 @@ def reading_progress(console: Console) -> Iterator["TokensRead"]:
 def loading_progress(console: Console) -> Iterator["BytesRead"]:
     """A bar of the bytes of weights that are read; gone once all are."""
     columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    with _bar(console, *columns) as bar:
         task = bar.add_task("loading", total=None, visible=False)
         yield lambda read, total: bar.update(task, completed=read, total=total, visible=True)
 
@@ -97,7 +115,7 @@ def loading_progress(console: Console) -> Iterator["BytesRead"]:
 def stages_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
     """A bar for each stage of a long run, told (stage, done, to do); gone at the end."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    with _bar(console, *columns) as bar:
         tasks: dict[str, TaskID] = {}
 
         def report(stage: str, done: int, total: int) -> None:

@@ -1,17 +1,26 @@
-"""Text to tokens: the chat template around a document and a question, and what of it must always be kept."""
+"""Text to tokens: the chat template around a document and a question, and what of it must always be kept.
+
+Text that a user brings is data: whatever it says, its tokens are those of ordinary text. Markers that a family writes
+as ordinary text, such as Mistral's first "[INST]", are no tokens of their own and stay as they are.
+"""
 
 import dataclasses
 import functools
+import itertools
 import re
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from gemfilter_jax.errors import UserError
+from gemfilter_jax.errors import UserError, reason
+from gemfilter_jax.text import control_tokens
 
 _SENTINEL = "\u2063content\u2063"  # stands for the message while the template is rendered; in no template
 MESSAGE_FORMAT = "<text>\n{text}\n</text>\n\nAnswer from the text above: {question}"
-"""How a document and a question become one message; see BUILD.md for what else was tried."""
+"""How a document and a question become one message. The frame of a document that says "</text>" itself is numbered:
+"<text-2>", or the first number that the document does not close."""
+
+_FRAME = re.compile(r"(?<=<)text(?=>)|(?<=</)text(?=>)")
 
 _SENTENCE_END = re.compile(r"""[.!?]["'”’)\]]*(?=\s)|[。！？]|\n(?=\s*\n)""")
 
@@ -87,8 +96,8 @@ def encode(
     """
     if not text.strip():
         raise UserError("the prompt is empty; give some text")
-    before, after = around(tokenizer, question, chat_template, message_format)
-    whole = f"{before}{text}{after}"
+    before, after = _around(tokenizer, question, chat_template, _framing(text, message_format))
+    whole = f"{before.text}{text}{after.text}"
     encoded = tokenizer(
         whole,
         add_special_tokens=not _has_template(tokenizer, chat_template),
@@ -96,11 +105,12 @@ def encode(
         return_special_tokens_mask=True,
         verbose=False,
     )
+    encoded = control_tokens.spelled_out(tokenizer, whole, encoded, _brought(before, text, after))
     added = np.asarray(encoded["special_tokens_mask"], np.bool)
     if added.all():
         raise UserError("the prompt is empty: the tokenizer knows none of its characters")
     offsets = _without_gaps(np.asarray(encoded["offset_mapping"], np.int64), added, len(whole))
-    first, last = len(before), len(before) + len(text)
+    first, last = len(before.text), len(before.text) + len(text)
     inside = (offsets[:, 0] >= first) & (offsets[:, 1] <= last) & (offsets[:, 1] > offsets[:, 0])
     places = np.flatnonzero(inside)
     head = int(places[0]) if len(places) else len(offsets)
@@ -111,29 +121,75 @@ def encode(
     return Prompt(text, ids, np.clip(offsets - first, 0, len(text)), head, tail)
 
 
-def around(
+@dataclasses.dataclass(frozen=True)
+class _Frame:
+    """What stands before or after a document.
+
+    Attributes:
+      text: the whole of it.
+      questions: (start, end) characters of it that the user wrote.
+    """
+
+    text: str
+    questions: tuple[tuple[int, int], ...] = ()
+
+    def after(self, text: str) -> "_Frame":
+        """The same behind some text of the template."""
+        return _Frame(text + self.text, tuple((len(text) + start, len(text) + end) for start, end in self.questions))
+
+
+def check_format(tokenizer: PreTrainedTokenizerBase, chat_template: bool, message_format: str) -> None:
+    """Raise a `UserError` if no prompt can be made with these settings; arguments as of `encode`."""
+    _around(tokenizer, "?", chat_template, message_format)
+
+
+def _framing(text: str, message_format: str) -> str:
+    """The message format, the tags of `MESSAGE_FORMAT` numbered if the document holds the one that closes them."""
+    if message_format != MESSAGE_FORMAT or "</text>" not in text.lower():
+        return message_format
+    number = next(number for number in itertools.count(2) if f"</text-{number}>" not in text.lower())
+    return _FRAME.sub(f"text-{number}", message_format)
+
+
+def _brought(before: _Frame, text: str, after: _Frame) -> list[tuple[int, int]]:
+    """(start, end) characters of a prompt that the user brought: the document, and each place of the question."""
+    first = len(before.text)
+    last = first + len(text)
+    return [*before.questions, (first, last), *((last + start, last + end) for start, end in after.questions)]
+
+
+def _around(
     tokenizer: PreTrainedTokenizerBase, question: str | None, chat_template: bool, message_format: str
-) -> tuple[str, str]:
+) -> tuple[_Frame, _Frame]:
     """What a prompt holds before and after its document; arguments and errors as of `encode`."""
     before, after = _template_around(tokenizer) if _has_template(tokenizer, chat_template) else ("", "")
     if question is None:
-        return before, after
+        return _Frame(before), _Frame(after)
     message_head, message_tail = _message_around(message_format, question)
-    return before + message_head, message_tail + after
+    return message_head.after(before), _Frame(message_tail.text + after, message_tail.questions)
 
 
 def _has_template(tokenizer: PreTrainedTokenizerBase, chat_template: bool) -> bool:
     return chat_template and bool(tokenizer.chat_template)
 
 
-def _message_around(message_format: str, question: str) -> tuple[str, str]:
+def _message_around(message_format: str, question: str) -> tuple[_Frame, _Frame]:
     """What a message holds before and after the text."""
     head, text, tail = message_format.partition("{text}")
     if not text or "{question}" not in tail or "{text}" in tail:
         raise UserError(f"message format {message_format!r} must hold {{text}} once and {{question}} after it")
     if not question.strip():
         raise UserError("the question is empty; ask something, or leave it out")
-    return head.replace("{question}", question), tail.replace("{question}", question)
+    return _with_question(head, question), _with_question(tail, question)
+
+
+def _with_question(part: str, question: str) -> _Frame:
+    pieces, made, places = part.split("{question}"), "", []
+    for piece in pieces[:-1]:
+        made += piece
+        places.append((len(made), len(made) + len(question)))
+        made += question
+    return _Frame(made + pieces[-1], tuple(places))
 
 
 def _template_around(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
@@ -142,8 +198,7 @@ def _template_around(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     try:
         rendered = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
     except Exception as error:  # a template is a program of its own, with errors of its own
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise UserError(f"the tokenizer's chat template fails ({reason}); turn it off") from error
+        raise UserError(f"the tokenizer's chat template fails ({reason(error)}); turn it off") from error
     before, *after = rendered.split(_SENTINEL)
     if len(after) != 1:
         raise UserError(

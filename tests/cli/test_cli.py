@@ -152,7 +152,9 @@ def test_convert_writes_a_model_that_every_command_takes(tmp_path):
     prompt.write_text(text, encoding="utf-8")
     shared = ("select", f"--prompt_file={prompt}", "--keep=40", "--filter_layer=1", "--format=json")
     fields = json.loads(gemfilter(*shared, f"--model={folder}").stdout)
-    assert set(fields) == {"prompt_tokens", "kept_tokens", "indices", "spans", "timings"}
+    assert set(fields) == {"prompt_tokens", "kept_tokens", "indices", "spans", "passages", "text", "timings"}
+    assert fields["passages"] == [text[start:end] for start, end in fields["spans"]]
+    assert fields["text"] == "\n".join(fields["passages"])
     assert fields["kept_tokens"] == len(fields["indices"]) == 40
     original = pipeline.load(str(source))
     kept, _ = original.select(text, method=original.method(keep=40, filter_layer=1))

@@ -1,5 +1,7 @@
 """A user's mistake ends in one line on standard error that names it, with status 2 and no traceback."""
 
+import importlib.metadata
+
 import pytest
 from commands import assert_mistake, gemfilter
 
@@ -193,3 +195,9 @@ def test_calibrate(flags, said):
 )
 def test_evaluate(flags, said):
     assert_mistake(gemfilter("evaluate", *flags), *said)
+
+
+def test_the_version_is_told():
+    done = gemfilter("--version")
+    assert done.returncode == 0
+    assert done.stdout.decode() == f"gemfilter {importlib.metadata.version('gemfilter-jax')}\n"

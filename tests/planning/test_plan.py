@@ -16,6 +16,7 @@ import tpu_compiler
 from tiny import CONFIG
 
 from gemfilter_jax.errors import UserError
+from gemfilter_jax.models import shapes
 from gemfilter_jax.planning import chips, models
 from gemfilter_jax.planning.chips import Topology
 
@@ -168,7 +169,7 @@ def test_an_unknown_model_is_told_with_those_that_are_known():
         models.config_of("llama")
 
 
-@pytest.mark.parametrize("name", models.published())
+@pytest.mark.parametrize("name", shapes.names())
 def test_published_configs_are_understood(name):
     assert models.config_of(name).layers > 0
 

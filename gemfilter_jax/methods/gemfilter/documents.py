@@ -23,7 +23,7 @@ from gemfilter_jax.models.transformer import Decoder
 from gemfilter_jax.parallel import collectives, sharding
 from gemfilter_jax.text.prompt import Prompt
 
-_VERSION = "2"  # of what is saved
+_VERSION = "3"  # of what is saved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,11 +96,16 @@ def _beginnings(config: ModelConfig, prompt: Prompt, method: GemFilter) -> list[
 
 
 def _groups(model: Decoder, method: GemFilter, beginnings: list[Beginning]) -> list[Sequence[Beginning]]:
-    return segments.groups(model.config, method, beginnings, sharding.shape_of(model.mesh).rows)
+    return segments.groups(model.config, method, beginnings, _rows(model))
+
+
+def _rows(model: Decoder) -> int:
+    """The number of rows that the mesh wants a batch to be a multiple of."""
+    return sharding.shape_of(model.mesh).rows
 
 
 def key(model: Decoder, prompt: Prompt, method: GemFilter) -> str:
-    """Hexadecimal digest of all that a reading depends on: weights, filter pass, and the document's token ids.
+    """Hexadecimal digest of all that a reading depends on: weights, filter pass, batches, and the document's token ids.
 
     Of the weights, one row of each array stands for the whole of it.
     """
@@ -110,7 +115,9 @@ def key(model: Decoder, prompt: Prompt, method: GemFilter) -> str:
         digest.update(collectives.to_host(parameter[..., -1, :] if parameter.ndim > 1 else parameter).tobytes())
     how = (method.filter_layer, method.filter_attention, method.band, method.first_tokens, method.filter_precision)
     digest.update(repr((*how, segments.reach(model.config, method))).encode())
-    for one in _beginnings(model.config, prompt, method):
+    beginnings = _beginnings(model.config, prompt, method)
+    digest.update(repr(([len(group) for group in _groups(model, method, beginnings)], _rows(model))).encode())
+    for one in beginnings:
         digest.update(repr((len(one.ids), one.long)).encode() + one.ids.tobytes())
     return digest.hexdigest()
 
@@ -122,7 +129,7 @@ def read(model: Decoder, prompt: Prompt, method: GemFilter, *, progress: Progres
     width = segments.width(longest)
     states, done = [], 0
     for group in _groups(model, method, beginnings):
-        rows = sharding.evenly(group, sharding.shape_of(model.mesh).rows)
+        rows = sharding.evenly(group, _rows(model))
         ids, lengths = scoring_pass.pad([one.ids for one in rows], width)
         pattern = scoring_pass.pattern(method, longest - prompt.prefix_length, np.zeros(len(rows), np.int32))
         states.append(

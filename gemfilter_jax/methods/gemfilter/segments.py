@@ -61,7 +61,8 @@ def pieces(config: ModelConfig, prompt: Prompt, rows: np.ndarray, method: GemFil
         left = len(document) - start
         stop = start + -(-left // -(-left // room))  # so that none is much shorter than the others
         if stop < len(document):
-            stop = int(np.searchsorted(numbers, numbers[stop]))  # where the chunk that would be cut begins
+            begin, end = (int(np.searchsorted(numbers, numbers[stop], side)) for side in ("left", "right"))
+            stop = begin if begin > start else end  # a chunk is never cut, and always fits the room
         cut.append(document[start:stop])
         start = stop
     return cut

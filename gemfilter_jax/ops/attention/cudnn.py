@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from gemfilter_jax.ops.attention.visibility import TriShape, static_window
+from gemfilter_jax.parallel import collectives
 
 
 def causal(
@@ -27,7 +28,7 @@ def causal(
         raise NotImplementedError(f"takes bfloat16 and float16, not {q.dtype}")
     if q.shape[-1] % 8 or q.shape[-1] > 256:
         raise NotImplementedError(f"takes head widths that are multiples of 8 up to 256, not {q.shape[-1]}")
-    capability = getattr(jax.devices()[0], "compute_capability", None)
+    capability = collectives.compute_capability()
     if capability is not None and float(capability) < 8:
         raise NotImplementedError(f"needs compute capability 8.0, and the device has {capability}")
     lengths = lengths.astype(jnp.int32)
