@@ -1,5 +1,6 @@
 """GGUF files (llama.cpp's format): config and tokenizer from the metadata, weights dequantised."""
 
+import dataclasses
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -24,16 +25,10 @@ from gemfilter_jax.config import (
 )
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.models import families
+from gemfilter_jax.models.families.family import Family
 from gemfilter_jax.models.families.hf_config import longrope_attention_scaling, yarn_attention_scaling
 from gemfilter_jax.models.transformer import Decoder
 
-# general.architecture, which is also the family. Mistral's models are stored as llama.
-_ARCHITECTURES = {
-    "llama": gguf.MODEL_ARCH.LLAMA,
-    "phi3": gguf.MODEL_ARCH.PHI3,
-    "qwen2": gguf.MODEL_ARCH.QWEN2,
-    "qwen3": gguf.MODEL_ARCH.QWEN3,
-}
 _READ = {
     "block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count",
     "attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.layer_norm_rms_epsilon",
@@ -58,12 +53,11 @@ class GGUFFile:
         self.path = path
         header = gguf_header.read_header(path)
         self._metadata, self._tensors = header.metadata, header.tensors
-        self._architecture = self._metadata.get("general.architecture")
-        if not isinstance(self._architecture, str) or self._architecture not in _ARCHITECTURES:
-            raise UserError(
-                f"{path}: architecture {self._architecture!r} is not supported; supported: {', '.join(_ARCHITECTURES)}"
-            )
-        self.config = self._config()
+        architecture = self._metadata.get("general.architecture")
+        known = {family.gguf_architecture: family for family in families.FAMILIES.values() if family.gguf_architecture}
+        if not isinstance(architecture, str) or architecture not in known:
+            raise UserError(f"{path}: architecture {architecture!r} is not supported; supported: {', '.join(known)}")
+        self.config = self._config(known[architecture])
 
     @property
     def name(self) -> str:
@@ -76,7 +70,7 @@ class GGUFFile:
 
     def tensors(self) -> Tensors:
         """The weights under their Hugging Face names, dequantised as they are read."""
-        return _Dequantised(self.path, self._tensors, self.config, self._hf_names())
+        return _Dequantised(self.path, self._tensors, self.config)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """A fast tokenizer with the file's chat template."""
@@ -86,8 +80,8 @@ class GGUFFile:
         """Ids that end an answer."""
         return gguf_tokenizer.stop_tokens(self._metadata)
 
-    def _config(self) -> ModelConfig:
-        prefix, source = f"{self._architecture}.", f"{self.path} ({self._architecture}.*)"
+    def _config(self, family: Family) -> ModelConfig:
+        prefix, source = f"{family.gguf_architecture}.", f"{self.path} ({family.gguf_architecture}.*)"
         fields = {name.removeprefix(prefix): v for name, v in self._metadata.items() if name.startswith(prefix)}
         refuse_unknown(fields, _READ, source)
         heads, width = (take_count(fields, name, source) for name in ("attention.head_count", "embedding_length"))
@@ -107,10 +101,10 @@ class GGUFFile:
                 f"{self.path}: the tensors do not fit the model's config: it says {layers} layers, "
                 f"and there are {len(self._tensors)} tensors"
             )
-        # Of Phi-4 the converter writes 0, which says that no layer slides.
+        # Converters write 0 for a model in which no layer slides.
         window = fields.get("attention.sliding_window") or None
-        return ModelConfig(
-            family=str(self._architecture),
+        config = ModelConfig(
+            family=family.model_types[0],
             layers=layers,
             width=width,
             heads=heads,
@@ -127,11 +121,11 @@ class GGUFFile:
                 (take_count(fields, "attention.sliding_window", source),) * layers if window is not None else None
             ),
             tie_embeddings="output.weight" not in self._tensors,
-            attention_bias=self._architecture == "qwen2" or "blk.0.attn_q.bias" in self._tensors,
+            attention_bias="blk.0.attn_q.bias" in self._tensors,
             output_bias="blk.0.attn_output.bias" in self._tensors,
             mlp_bias="blk.0.ffn_gate.bias" in self._tensors,
-            qk_norm=self._architecture == "qwen3",
         )
+        return dataclasses.replace(config, **family.gguf_implies)
 
     def _rope_scaling(self, fields: Mapping[str, Any], context: int, source: str) -> RopeScaling | None:
         kind = fields.get("rope.scaling.type", "none")
@@ -172,31 +166,30 @@ class GGUFFile:
         values = gguf_header.read_rows(self.path, tensor, 0, tensor.shape[0]).ravel().tolist()
         return take_numbers({name: values}, name, f"{self.path} (tensors)")
 
-    def _hf_names(self) -> dict[str, str]:
-        """Hugging Face's name of every tensor name that the file may hold."""
-        table = gguf.get_tensor_name_map(_ARCHITECTURES[self.config.family], self.config.layers)
-        names = {}
-        for hf in families.tensors(self.config):
-            base, _, suffix = hf.rpartition(".")
-            names[f"{table.get_name(base)}.{suffix}"] = hf
-        return names
+
+def hf_names(config: ModelConfig) -> dict[str, str]:
+    """GGUF name -> Hugging Face name, of every tensor that a GGUF file of this family and size may hold."""
+    architecture = families.FAMILIES[config.family].gguf_architecture
+    (known,) = (arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    table = gguf.get_tensor_name_map(known, config.layers)
+    names = {}
+    for hf in families.tensors(config):
+        base, _, suffix = hf.rpartition(".")
+        names[f"{table.get_name(base)}.{suffix}"] = hf
+    return names
 
 
 class _Dequantised:
     """The tensors of a file; see `weights.Tensors`."""
 
-    def __init__(
-        self,
-        path: pathlib.Path,
-        tensors: Mapping[str, gguf_header.Tensor],
-        config: ModelConfig,
-        hf_names: Mapping[str, str],
-    ):
-        self._path, self._config = path, config
+    def __init__(self, path: pathlib.Path, tensors: Mapping[str, gguf_header.Tensor], config: ModelConfig):
+        self._path, self._head_width = path, config.head_width
+        self._interleaved = _interleaved(config)
         rotary = (_FACTORS, _LONG_FACTORS, _SHORT_FACTORS)
-        ours = set(hf_names.values())  # not GGUF's: a tensor so named would stand in for another
+        names = hf_names(config)
+        ours = set(names.values())  # not GGUF's: a tensor so named would stand in for another
         self._tensors = {
-            hf_names.get(name, f"{name} (in GGUF)" if name in ours else name): tensor
+            names.get(name, f"{name} (in GGUF)" if name in ours else name): tensor
             for name, tensor in tensors.items()
             if name not in rotary
         }
@@ -207,12 +200,20 @@ class _Dequantised:
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows of a tensor, float32."""
         tensor = self._tensors[name]
-        if self._config.family != "llama" or not (".q_proj." in name or ".k_proj." in name):
+        if name not in self._interleaved:
             return gguf_header.read_rows(self._path, tensor, start, stop)
-        width = self._config.head_width  # whole heads, whose rows stand in another order
+        width = self._head_width  # whole heads, whose rows stand in another order
         first, last = start // width * width, -(-stop // width) * width
         heads = gguf_header.read_rows(self._path, tensor, first, last)
         return _undo_interleaving(heads, width)[start - first : stop - first]
+
+
+def _interleaved(config: ModelConfig) -> set[str]:
+    """Hugging Face names of the tensors whose rows `_undo_interleaving` puts in order."""
+    if not families.FAMILIES[config.family].gguf_interleaved_rotary:
+        return set()
+    rotated = {"query.kernel", "query.bias", "key.kernel", "key.bias"}
+    return {name for name, (_, targets) in families.tensors(config).items() if rotated.issuperset(targets)}
 
 
 def _undo_interleaving(tensor: np.ndarray, head_width: int) -> np.ndarray:

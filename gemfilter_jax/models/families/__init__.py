@@ -1,19 +1,18 @@
-"""Which family a Hugging Face `model_type` belongs to, and the tensors that its checkpoints hold."""
-
-from types import ModuleType
+"""The registry of model families, and the tensors that their checkpoints hold."""
 
 from gemfilter_jax.config import ModelConfig
 from gemfilter_jax.models.families import llama, mistral, phi, qwen
+from gemfilter_jax.models.families.family import Family
 
-FAMILIES: dict[str, ModuleType] = {
-    "llama": llama,
-    "mistral": mistral,
-    "ministral": mistral,
-    "phi3": phi,
-    "qwen2": qwen,
-    "qwen3": qwen,
-}
-"""Each has `config_from_hf(fields, source)` and `LAYER_WEIGHTS`."""
+_REGISTERED = (
+    llama.FAMILY,
+    mistral.FAMILY,
+    phi.FAMILY,
+    qwen.QWEN2,
+    qwen.QWEN3,
+)
+FAMILIES: dict[str, Family] = {model_type: family for family in _REGISTERED for model_type in family.model_types}
+"""The family of each Hugging Face `model_type`."""
 
 _MODEL_WEIGHTS = {
     "model.embed_tokens.weight": ("embedding",),
@@ -30,12 +29,11 @@ def tensors(config: ModelConfig) -> dict[str, tuple[int | None, tuple[str, ...]]
     Returns:
       tensor name -> its layer (None if it belongs to no layer) and the parameters that its rows fill, in order.
     """
-    of_layer: dict[str, tuple[str, ...]] = FAMILIES[config.family].LAYER_WEIGHTS
     found: dict[str, tuple[int | None, tuple[str, ...]]] = {}
     for name, targets in _MODEL_WEIGHTS.items():
         found[name] = None, targets
     for layer in range(config.layers):
-        for name, targets in of_layer.items():
+        for name, targets in FAMILIES[config.family].layer_weights.items():
             found[f"model.layers.{layer}.{name}"] = layer, targets
     return found
 

@@ -6,6 +6,7 @@ from typing import Any
 from gemfilter_jax.config import ModelConfig, take_flag
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.models.families import hf_config
+from gemfilter_jax.models.families.family import Family
 
 # pretraining_tp only splits the same products.
 _FIELDS = {"attention_bias", "mlp_bias", "pretraining_tp", "is_llama_config", "rope_interleaved"}
@@ -45,3 +46,11 @@ LAYER_WEIGHTS = {
     "mlp.up_proj.bias": ("up.bias",),
     "mlp.down_proj.bias": ("down.bias",),
 }
+
+FAMILY = Family(
+    model_types=("llama",),
+    config_from_hf=config_from_hf,
+    layer_weights=LAYER_WEIGHTS,
+    gguf_architecture="llama",
+    gguf_interleaved_rotary=True,
+)

@@ -5,8 +5,7 @@ from typing import Any
 
 from gemfilter_jax.config import ModelConfig, take_layers
 from gemfilter_jax.models.families import hf_config, llama
-
-LAYER_WEIGHTS = llama.LAYER_WEIGHTS
+from gemfilter_jax.models.families.family import Family
 
 # What an absent field means here, where it means something else in other families.
 _ABSENT = {"sliding_window": 4096, "num_key_value_heads": 8}
@@ -24,3 +23,11 @@ def config_from_hf(fields: Mapping[str, Any], source: str) -> ModelConfig:
         also_read={"sliding_window", "layer_types"},
         sliding_windows=hf_config.sliding_windows(fields, source, slides=slides),
     )
+
+
+# In GGUF files, Mistral's models are stored as Llama's.
+FAMILY = Family(
+    model_types=("mistral", "ministral"),
+    config_from_hf=config_from_hf,
+    layer_weights=llama.LAYER_WEIGHTS,
+)

@@ -5,6 +5,7 @@ from typing import Any
 
 from gemfilter_jax.config import ModelConfig, refuse_unknown, take_layers
 from gemfilter_jax.models.families import hf_config, llama
+from gemfilter_jax.models.families.family import Family
 
 _HARMLESS = {"embd_pdrop", "resid_pdrop"}
 # Fields of Phi-4-mini's config for other models of its code; only these values leave the numbers alone.
@@ -17,7 +18,7 @@ _ONLY = {
 }
 
 _SEPARATE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
-LAYER_WEIGHTS = {
+_LAYER_WEIGHTS = {
     **{name: target for name, target in llama.LAYER_WEIGHTS.items() if not name.startswith(_SEPARATE)},
     "self_attn.qkv_proj.weight": ("query.kernel", "key.kernel", "value.kernel"),
     "mlp.gate_up_proj.weight": ("gate.kernel", "up.kernel"),
@@ -36,3 +37,11 @@ def config_from_hf(fields: Mapping[str, Any], source: str) -> ModelConfig:
         also_read={"sliding_window", "original_max_position_embeddings", "partial_rotary_factor", *_HARMLESS, *_ONLY},
         sliding_windows=hf_config.sliding_windows(fields, source, slides=slides),
     )
+
+
+FAMILY = Family(
+    model_types=("phi3",),
+    config_from_hf=config_from_hf,
+    layer_weights=_LAYER_WEIGHTS,
+    gguf_architecture="phi3",
+)
