@@ -40,7 +40,7 @@ def main(_: list[str]) -> None:
 
     from rich.console import Console
 
-    from gemfilter_jax.reporting import html, terminal
+    from gemfilter_jax.reporting import prompt_page, terminal
 
     def layers(preset: "Preset", _: "ModelConfig") -> int:
         return 1 + (preset.layer(FLAGS.rule) if FLAGS.filter_layer is None else FLAGS.filter_layer)
@@ -58,7 +58,7 @@ def main(_: list[str]) -> None:
     else:
         print("\n".join(kept.passages))
     if FLAGS.report:
-        files.write_whole(FLAGS.report, html.page(kept, FLAGS.question))
+        files.write_whole(FLAGS.report, prompt_page.page(kept, FLAGS.question))
     print(terminal.closing_lines(kept, options.layers_run(model, method), timings), file=sys.stderr)
 
 
