@@ -150,7 +150,7 @@ def _answer(model: "Pipeline", method: "GemFilter", question: str | None, ask: "
         ask(on_text=None if as_json else lambda _: None, **options.answer_settings(FLAGS))
         return
 
-    from gemfilter_jax.reporting import html, terminal
+    from gemfilter_jax.reporting import prompt_page, terminal
 
     with terminal.reading_progress(options.console()) as progress:
         result = ask(on_text=None if as_json else terminal.write, progress=progress, **options.answer_settings(FLAGS))
@@ -160,7 +160,7 @@ def _answer(model: "Pipeline", method: "GemFilter", question: str | None, ask: "
     else:
         print()
     if FLAGS.report:
-        files.write_whole(FLAGS.report, html.page(result.selection, question, result.text))
+        files.write_whole(FLAGS.report, prompt_page.page(result.selection, question, result.text))
     options.tell_kept(FLAGS, model, method, result)
 
 

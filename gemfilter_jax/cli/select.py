@@ -41,7 +41,7 @@ def main(_: list[str]) -> None:
 
     from rich.console import Console
 
-    from gemfilter_jax.reporting import html, terminal
+    from gemfilter_jax.reporting import prompt_page, terminal
 
     def layers(preset: "Preset", _: "ModelConfig") -> int:
         return 1 + (preset.layer(FLAGS.rule) if FLAGS.filter_layer is None else FLAGS.filter_layer)
@@ -59,7 +59,7 @@ def main(_: list[str]) -> None:
     else:
         print(kept.text)
     if FLAGS.report:
-        files.write_whole(FLAGS.report, html.page(kept, FLAGS.question))
+        files.write_whole(FLAGS.report, prompt_page.page(kept, FLAGS.question))
     print(terminal.closing_lines(kept, options.layers_run(model, method, kept), timings), file=sys.stderr)
 
 

@@ -62,7 +62,8 @@ def _holds(text: str, start: int, end: int, brought: Sequence[tuple[int, int]]) 
 
 def _spell(tokenizer: PreTrainedTokenizerBase, marker: str) -> list[tuple[int, tuple[int, int]]]:
     """Ids and offsets of a marker as ordinary text."""
-    control, plain = control_ids(tokenizer) - {tokenizer.unk_token_id}, _without_control(tokenizer)
+    unknown: Any = tokenizer.unk_token_id
+    control, plain = control_ids(tokenizer) - {unknown}, _without_control(tokenizer)
     encoding = plain.encode(marker, add_special_tokens=False)
     found = list(zip(encoding.ids, encoding.offsets, strict=True))
     if any(token in control for token, _ in found):  # the model's own vocabulary has it as a piece of text
