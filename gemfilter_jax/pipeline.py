@@ -275,7 +275,8 @@ class Pipeline:
         rows = sharding.evenly(list(zip(prompts, kept, strict=True)), parts)
         ids, lengths = scoring_pass.pad([prompt.ids[indices] for prompt, indices in rows], width)
         positions = jnp.arange(width, dtype=jnp.int32)[None].repeat(len(rows), axis=0)
-        if isinstance(method, GemFilter) and method.positions == "original":
+        gaps = isinstance(method, GemFilter) and method.positions == "original"
+        if gaps:
             positions, _ = scoring_pass.pad([indices for _, indices in rows], width)
         with watch.stage("prefill"):
             state = programs.begin(
@@ -288,6 +289,7 @@ class Pipeline:
                 seeds=jnp.asarray(np.array([seed % 2**32 for seed in sharding.evenly(seeds, parts)], np.uint32)),
                 limit=jnp.int32(max_new_tokens),
                 capacity=bucket(max_new_tokens),
+                gaps=gaps,
             )
             jax.block_until_ready(state.tokens)
         with watch.stage("decode"):

@@ -19,7 +19,7 @@ import numpy as np
 from gemfilter_jax.config import LongRope
 from gemfilter_jax.generate import sampling as sampling_lib
 from gemfilter_jax.generate.sampling import Sampling
-from gemfilter_jax.models.cache import FilterState, KVCache
+from gemfilter_jax.models.cache import KVCache
 from gemfilter_jax.models.transformer import Decoder
 from gemfilter_jax.ops.attention import TriShape
 from gemfilter_jax.ops.key_scores import Normalisation, score_keys
@@ -137,7 +137,7 @@ def read(
     *,
     filter_layer: int,
     pattern: TriShape | None = None,
-) -> FilterState:
+) -> KVCache:
     """Stage 1 of the beginnings of prompts, for any number of endings; see `Decoder.read` and `score_after`."""
 
     def state(model, ids, lengths, extents, pattern):
@@ -145,19 +145,19 @@ def read(
             return model.read(ids, lengths, extents, filter_layer, pattern)
 
     batch = sharding.spec("batch")
-    run = _on_devices(model, state, (batch, batch, batch, batch), _filter_state_specs())
+    run = _on_devices(model, state, (batch, batch, batch, batch), _cache_specs())
     return run(ids, lengths, extents, pattern)
 
 
-def _filter_state_specs() -> FilterState:
-    stacked = sharding.spec(None, "batch", None, "kv_heads")
-    return FilterState(stacked, stacked, sharding.spec("batch", None, "kv_heads"), sharding.spec("batch"))
+def _cache_specs() -> KVCache:
+    stacked, batch = sharding.spec(None, "batch", None, "kv_heads"), sharding.spec("batch")
+    return KVCache(keys=stacked, values=stacked, positions=batch, lengths=batch)
 
 
 @functools.partial(jax.jit, static_argnames=("window", "normalisation"))
 def score_after(
     model: Decoder,
-    state: FilterState,
+    state: KVCache,
     ids: jax.Array,
     lengths: jax.Array,
     head_weights: jax.Array,
@@ -182,7 +182,7 @@ def score_after(
             return score_keys(q, rows, k, head_weights=own, normalisation=normalisation)
 
     batch = sharding.spec("batch")
-    run = _on_devices(model, scores, (_filter_state_specs(), batch, batch, None), batch)
+    run = _on_devices(model, scores, (_cache_specs(), batch, batch, None), batch)
     return run(state, ids, lengths, head_weights)
 
 
@@ -223,7 +223,7 @@ class DecodeState:
         return ~self.stopped & (self.lengths < self.limit)
 
 
-@functools.partial(jax.jit, static_argnames=("capacity",))
+@functools.partial(jax.jit, static_argnames=("capacity", "gaps"))
 def begin(
     model: Decoder,
     ids: jax.Array,
@@ -235,19 +235,21 @@ def begin(
     seeds: jax.Array,
     limit: jax.typing.ArrayLike,
     capacity: int,
+    gaps: bool = False,
 ) -> DecodeState:
     """Stage 2, first half: run the kept prompt through all layers and draw each row's first token.
 
     Args:
       ids: int32 [B, K]. lengths: int32 [B]. positions: int32 [B, K], rotary positions.
       stop_tokens: int32 [N]. seeds: uint32 [B]. limit: new tokens at most, 1 or more. capacity: T, room for new tokens.
+      gaps: whether positions have gaps, which sliding windows then count.
     """
 
     def begun(model, ids, lengths, positions, seeds, stop_tokens, sampling, limit):
         with jax.named_scope("prefill"):
             batch, kept = ids.shape
             cache = KVCache.empty(model.config, batch, kept + capacity, model.dtype)
-            logits, cache = model.prefill(ids, lengths, positions, cache)
+            logits, cache = model.prefill(ids, lengths, positions, cache, gaps=gaps)
             state = DecodeState(
                 tokens=jnp.zeros((batch, capacity), jnp.int32),
                 lengths=jnp.zeros((batch,), jnp.int32),
@@ -270,14 +272,14 @@ def begin(
 
 
 def _decode_state_specs() -> DecodeState:
-    batch, cached = sharding.spec("batch"), sharding.spec(None, "batch", None, "kv_heads")
+    batch = sharding.spec("batch")
     return DecodeState(
         tokens=batch,
         lengths=batch,
         stopped=batch,
         last=batch,
         positions=batch,
-        cache=KVCache(cached, cached, batch),
+        cache=_cache_specs(),
         prompt=batch,
         prompt_positions=batch,
         keys=batch,

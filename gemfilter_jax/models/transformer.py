@@ -4,11 +4,13 @@ Axes: B batch, S sequence, W observation rows, C cache capacity, L layers, D mod
 G key/value heads, E head width, F MLP width, V vocabulary. Sequences are padded on the right; `lengths` [B] are the
 true lengths. Norms, rotary, softmax and logits are computed in float32, everything else in the weights' dtype.
 
-Layer weights carry a leading L axis and layers are walked by a loop whose bound may be traced, so one compiled program
-serves every number of layers.
+Layer weights carry a leading L axis. `Decoder.forward` alone walks them, by a loop whose bound may be traced; what is
+kept, scored or recorded at a layer is a hook that it is given.
 """
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ from flax import nnx
 
 from gemfilter_jax.config import ModelConfig
 from gemfilter_jax.errors import UserError
-from gemfilter_jax.models.cache import FilterState, KVCache
+from gemfilter_jax.models.cache import KVCache
 from gemfilter_jax.models.layer import ACTIVATIONS, DecoderLayer, Linear, RMSNorm, Table, Weights
 from gemfilter_jax.models.rope import rotary_table
 from gemfilter_jax.ops import attention
@@ -25,6 +27,37 @@ from gemfilter_jax.ops.precision import precision_of
 from gemfilter_jax.parallel import collectives, shards
 
 _ALL = 2**30  # the window of a layer without one: wider than any prompt
+
+
+@dataclasses.dataclass(frozen=True)
+class Visit:
+    """What a hook and attention see at a layer.
+
+    Attributes:
+      layer: its index, may be traced.
+      x: [B, S, D], what enters it.
+      q: [B, S, H, E]. k, v: [B, S, G, E]. Queries and keys are rotated.
+      sliding_window: how many keys a query sees, its own included; None for all before it. May be traced.
+    """
+
+    layer: jax.typing.ArrayLike
+    x: jax.Array
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    sliding_window: jax.typing.ArrayLike | None
+
+
+Hook = Callable[[Visit, Any], Any]
+"""What happens at a layer besides attention: takes the state and makes the next one."""
+
+Attend = Callable[[Visit, Any], jax.Array]
+"""Attention at a layer, after the hook: [B, S, H, E]."""
+
+
+def _keep(visit: Visit, cache: KVCache) -> KVCache:
+    """The hook that keeps keys and values."""
+    return cache.write(visit.layer, visit.k, visit.v)
 
 
 class Decoder(nnx.Module):
@@ -104,24 +137,66 @@ class Decoder(nnx.Module):
             return self.config.sliding_windows[0]
         return jnp.asarray([window or _ALL for window in self.config.sliding_windows], jnp.int32)[index]
 
-    def _through(
-        self, index: jax.typing.ArrayLike, x: jax.Array, table: Table, lengths: jax.Array, pattern: TriShape | None
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """A prompt through layer `index`: the next layer's x [B, S, D], and this one's keys and values [B, S, G, E]."""
-        with jax.named_scope("layer"):
-            layer = self.layer(index)
-            rows = x.shape[1] if collectives.axis_size("seq") > 1 else collectives.pmax(jnp.max(lengths), "data")
-            q, k, v = layer.open(x, table, rows)
-            attended = attention.causal(
-                q,
-                k,
-                v,
+    def forward(
+        self,
+        x: jax.Array,
+        table: Table,
+        lengths: jax.Array,
+        *,
+        layers: jax.typing.ArrayLike,
+        attend: Attend,
+        hook: Hook | None = None,
+        state: Any = None,
+    ) -> tuple[jax.Array, Any]:
+        """Walk the first layers: the one way of whole prompts, of what follows them, and of single tokens.
+
+        Args:
+          x: [B, S, D], what enters the first layer. table: rotary, of its positions.
+          lengths: [B], how much of S is real.
+          layers: how many, may be traced: one compiled program serves every number.
+          attend: attention at a layer, see `among_themselves`.
+          hook: what else happens at a layer, before its attention: makes a new state.
+          state: what hooks keep.
+
+        Returns:
+          The residual stream [B, S, D] that would enter the next layer, and the state.
+        """
+        whole = collectives.axis_size("seq") > 1 or x.shape[1] == 1
+        rows = x.shape[1] if whole else collectives.pmax(jnp.max(lengths), "data")
+
+        def body(index, carry):
+            x, state = carry
+            with jax.named_scope("layer"):
+                layer = self.layer(index)
+                q, k, v = layer.open(x, table, rows)
+                visit = Visit(index, x, q, k, v, self._window(index))
+                state = state if hook is None else hook(visit, state)
+                return layer.close(x, attend(visit, state), rows), state
+
+        return jax.lax.fori_loop(0, layers, body, (x, state))
+
+    def among_themselves(
+        self, lengths: jax.Array, pattern: TriShape | None = None, positions: jax.Array | None = None
+    ) -> Attend:
+        """Attention of whole prompts: every token sees those of its own prompt up to itself.
+
+        Args:
+          lengths: [B]. pattern: None for dense. positions: see `attention.causal`.
+        """
+
+        def attend(visit: Visit, _: Any) -> jax.Array:
+            return attention.causal(
+                visit.q,
+                visit.k,
+                visit.v,
                 lengths=lengths,
-                window=self._window(index),
+                window=visit.sliding_window,
                 pattern=pattern,
+                positions=positions,
                 implementation=self.attention_implementation,
             )
-            return layer.close(x, attended, rows), k, v
+
+        return attend
 
     def hidden_states(
         self,
@@ -136,27 +211,24 @@ class Decoder(nnx.Module):
           pattern: of attention, None for dense.
         """
         table = self._table(ids, lengths, pattern)
-
-        def body(index, x):
-            return self._through(index, x, table, lengths, pattern)[0]
-
-        return jax.lax.fori_loop(0, layers, body, self._embedded(ids))
+        attend = self.among_themselves(lengths, pattern)
+        return self.forward(self._embedded(ids), table, lengths, layers=layers, attend=attend)[0]
 
     def keys_and_last_queries(
         self,
         ids: jax.Array,
         lengths: jax.Array,
         layer: jax.typing.ArrayLike,
-        window: int,
+        observation_window: int,
         pattern: TriShape | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """What the filter needs of layer `layer`, and nothing past it.
 
         Layers 0..layer-1 run whole; of layer `layer` only the input norm, the keys of all positions and the queries of
-        the last `window` real positions are computed.
+        the last real positions are computed.
 
         Args:
-          ids: [B, S]. lengths: [B]. layer: 0-based index, may be traced. window: W.
+          ids: [B, S]. lengths: [B]. layer: 0-based index, may be traced. observation_window: W.
           pattern: of the attention in the layers before it, None for dense.
 
         Returns:
@@ -164,21 +236,21 @@ class Decoder(nnx.Module):
           start of a prompt shorter than W has a negative position and a meaningless q.
         """
         x = self.hidden_states(ids, lengths, layer, pattern)
-        return self._view(layer, x, lengths, window, pattern)
+        return self._view(layer, x, lengths, observation_window, pattern)
 
     def _view(
         self,
         index: jax.typing.ArrayLike,
         x: jax.Array,
         lengths: jax.Array,
-        window: int,
+        observation_window: int,
         pattern: TriShape | None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """What `keys_and_last_queries` returns, from the x [B, S, D] that enters layer `index`."""
         with jax.named_scope("filter_layer"):
             layer = self.layer(index)
             k = layer.keys(layer.attention_norm(x), self._table(x, lengths, pattern))
-            rows = lengths[:, None] - window + jnp.arange(window)
+            rows = lengths[:, None] - observation_window + jnp.arange(observation_window)
             x_rows = shards.cut(mirrored=pattern is None).rows(x, rows)
             q = layer.queries(layer.attention_norm(x_rows), rotary_table(self.config, rows, lengths))
         return q, k, rows
@@ -188,70 +260,79 @@ class Decoder(nnx.Module):
         ids: jax.Array,
         lengths: jax.Array,
         layers: int,
-        window: int,
+        observation_window: int,
         look: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
         pattern: TriShape | None = None,
     ) -> jax.Array:
         """look(q, k, rows) of what `keys_and_last_queries` gives at each of the first `layers` layers, stacked."""
-        table = self._table(ids, lengths, pattern)
+        x = self._embedded(ids)
 
-        def body(x, index):
-            seen = look(*self._view(index, x, lengths, window, pattern))
-            return self._through(index, x, table, lengths, pattern)[0], seen
+        def view(index: jax.typing.ArrayLike, x: jax.Array) -> jax.Array:
+            return look(*self._view(index, x, lengths, observation_window, pattern))
 
-        return jax.lax.scan(body, self._embedded(ids), jnp.arange(layers))[1]
+        def record(visit: Visit, recorded: jax.Array) -> jax.Array:
+            return recorded.at[visit.layer].set(view(visit.layer, visit.x))
+
+        one = jax.eval_shape(view, 0, x)
+        return self.forward(
+            x,
+            self._table(ids, lengths, pattern),
+            lengths,
+            layers=layers,
+            attend=self.among_themselves(lengths, pattern),
+            hook=record,
+            state=jnp.zeros((layers, *one.shape), one.dtype),
+        )[1]
 
     def read(
         self, ids: jax.Array, lengths: jax.Array, extents: jax.Array, layer: int, pattern: TriShape | None = None
-    ) -> FilterState:
-        """What the filter at `layer` needs of the beginnings of prompts.
+    ) -> KVCache:
+        """What the filter at `layer` needs of the beginnings of prompts: keys up to that layer, values before it.
 
         Args:
           ids: [B, S], the beginnings. lengths: [B], theirs. extents: [B], those of the whole prompts.
           pattern: of attention, None for dense.
         """
         table = self._table(ids, extents, pattern)
-
-        def body(x, index):
-            x, k, v = self._through(index, x, table, lengths, pattern)
-            return x, (k, v)
-
-        x, (keys, values) = jax.lax.scan(body, self._embedded(ids), jnp.arange(layer))
+        batch, length = ids.shape
+        cache = KVCache.empty(self.config, batch, length, self.dtype, layers=layer, key_layers=layer + 1)
+        attend = self.among_themselves(lengths, pattern)
+        x, cache = self.forward(
+            self._embedded(ids), table, lengths, layers=layer, attend=attend, hook=_keep, state=cache
+        )
         last = self.layer(layer)
-        return FilterState(keys, values, last.keys(last.attention_norm(x), table), lengths)
+        keys = cache.keys.at[layer].set(last.keys(last.attention_norm(x), table))
+        positions = jnp.broadcast_to(jnp.arange(length), ids.shape)
+        return dataclasses.replace(cache, keys=keys).holding(positions, lengths)
 
     def keys_and_last_queries_after(
-        self, state: FilterState, ids: jax.Array, lengths: jax.Array, window: int
+        self, read: KVCache, ids: jax.Array, lengths: jax.Array, observation_window: int
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """As `keys_and_last_queries`, of prompts whose beginnings have been read.
 
         Args:
-          state: of B beginnings. ids: [B, T], what follows them. lengths: [B], how much of it.
+          read: of B beginnings. ids: [B, T], what follows them. lengths: [B], how much of it.
 
         Returns:
           q [B, W, H, E], k [B, S + T, G, E] and rows [B, W], -1 for those before `ids`; k's first entries are the
           beginning's and what follows it.
         """
-        table = rotary_table(self.config, state.positions(ids.shape[1]), state.lengths + lengths)
+        positions = read.next_positions(ids.shape[1])
+        table = rotary_table(self.config, positions, read.lengths + lengths)
 
-        def body(x, layer_state):
-            index, k, v = layer_state
-            layer = self.layer(index)
-            normed = layer.attention_norm(x)
-            k = state.followed(k, layer.keys(normed, table))
-            v = state.followed(v, layer.values(normed))
-            q, positions = layer.queries(normed, table), state.positions(ids.shape[1])
-            attended = attention.rows(q, positions, k, v, window=self._window(index))
-            return layer.close(x, attended, jnp.max(lengths)), None
+        def attend(visit: Visit, _: None) -> jax.Array:
+            keys, values, _ = read.layer(visit.layer)
+            k, v = read.followed_by(keys, visit.k), read.followed_by(values, visit.v)
+            return attention.rows(visit.q, positions, k, v, window=visit.sliding_window)
 
-        stacked = (jnp.arange(len(state.keys)), state.keys, state.values)
-        x, _ = jax.lax.scan(body, self._embedded(ids), stacked)
-        last = self.layer(len(state.keys))
+        filter_layer = len(read.values)
+        x, _ = self.forward(self._embedded(ids), table, lengths, layers=filter_layer, attend=attend)
+        last = self.layer(filter_layer)
         normed = last.attention_norm(x)
-        k = state.followed(state.last_keys, last.keys(normed, table))
-        observed = lengths[:, None] - window + jnp.arange(window)
+        k = read.followed_by(read.keys[filter_layer], last.keys(normed, table))
+        observed = lengths[:, None] - observation_window + jnp.arange(observation_window)
         q = jnp.take_along_axis(last.queries(normed, table), jnp.maximum(observed, 0)[..., None, None], axis=1)
-        return q, k, jnp.where(observed < 0, -1, state.lengths[:, None] + observed)
+        return q, k, jnp.where(observed < 0, -1, read.lengths[:, None] + observed)
 
     def _embedded(self, ids: jax.Array) -> jax.Array:
         """[...] -> [..., D]."""
@@ -268,45 +349,50 @@ class Decoder(nnx.Module):
         return rotary_table(self.config, positions[None], lengths)
 
     def prefill(
-        self, ids: jax.Array, lengths: jax.Array, positions: jax.Array, cache: KVCache
+        self, ids: jax.Array, lengths: jax.Array, positions: jax.Array, cache: KVCache, *, gaps: bool = False
     ) -> tuple[jax.Array, KVCache]:
         """Run a prompt through all layers and fill an empty cache with it.
 
         Args:
-          ids: [B, K]. lengths: [B]. positions: [B, K], the rotary position of each token.
+          ids: [B, K]. lengths: [B]. positions: [B, K], the position of each token, increasing along a row.
           cache: of capacity C >= K.
+          gaps: whether positions have gaps, which sliding windows then count.
 
         Returns:
           float32 logits [B, V] of each row's last real position, and the filled cache.
         """
         extents = jnp.take_along_axis(positions, (lengths - 1)[:, None], axis=1)[:, 0] + 1
         table = rotary_table(self.config, positions, extents)
-
-        def body(index, carry):
-            x, cache = carry
-            x, k, v = self._through(index, x, table, lengths, None)
-            return x, cache.write_prompt(index, k, v)
-
-        x, cache = jax.lax.fori_loop(0, self.config.layers, body, (self._embedded(ids), cache))
+        counted = positions if gaps and self.config.sliding_windows else None
+        attend = self.among_themselves(lengths, positions=counted)
+        layers = self.config.layers
+        x, cache = self.forward(
+            self._embedded(ids), table, lengths, layers=layers, attend=attend, hook=_keep, state=cache
+        )
         last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        return self.logits(last), cache.advanced_to(lengths)
+        return self.logits(last), cache.holding(positions, lengths)
 
     def decode(self, ids: jax.Array, positions: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-        """One more token per row: ids [B] at rotary positions [B] -> float32 logits [B, V] and the grown cache."""
+        """One more token per row: ids [B] at positions [B] -> float32 logits [B, V] and the grown cache."""
         table = rotary_table(self.config, positions[:, None], positions + 1)
         lengths = cache.lengths + 1
 
-        def body(index, carry):
-            x, cache = carry
-            layer = self.layer(index)
-            normed = layer.attention_norm(x)
-            cache = cache.append(index, layer.keys(normed, table), layer.values(normed))
-            k, v = cache.layer(index)
-            q = layer.queries(normed, table)
-            attended = attention.one_row(q, k, v, lengths=lengths, window=self._window(index))
-            return layer.close(x, attended, 1), cache
+        def append(visit: Visit, cache: KVCache) -> KVCache:
+            return cache.append(visit.layer, visit.k, visit.v)
 
-        x, cache = jax.lax.fori_loop(0, self.config.layers, body, (self._embedded(ids[:, None]), cache))
+        def attend(visit: Visit, cache: KVCache) -> jax.Array:
+            k, v, held = cache.layer(visit.layer)
+            return attention.to_cache(visit.q, positions, k, v, key_positions=held, window=visit.sliding_window)
+
+        x, cache = self.forward(
+            self._embedded(ids[:, None]),
+            table,
+            lengths,
+            layers=self.config.layers,
+            attend=attend,
+            hook=append,
+            state=cache.expecting(positions),
+        )
         return self.logits(x[:, 0]), cache.advanced_to(lengths)
 
     def logits(self, x: jax.Array) -> jax.Array:

@@ -139,7 +139,7 @@ def test_every_token_is_drawn_anew():
 
 def _last_values(positions: np.ndarray) -> np.ndarray:
     """The last layer's values of a prompt: they hold what all layers below it attended to."""
-    return np.asarray(_begin(_PROMPTS[:1], positions=positions).cache.v[-1, 0, : len(_PROMPTS[0])])
+    return np.asarray(_begin(_PROMPTS[:1], positions=positions).cache.values[-1, 0, : len(_PROMPTS[0])])
 
 
 def test_positions_matter_only_where_they_leave_gaps():

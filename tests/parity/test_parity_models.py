@@ -27,7 +27,7 @@ def _program(method, **jit_options):
 
 
 hidden_states = _program(Decoder.hidden_states)
-keys_and_last_queries = _program(Decoder.keys_and_last_queries, static_argnames="window")
+keys_and_last_queries = _program(Decoder.keys_and_last_queries, static_argnames="observation_window")
 prefill = _program(Decoder.prefill)
 logits = _program(Decoder.logits)
 
@@ -94,7 +94,7 @@ def test_keys_and_last_queries_of_every_layer(variant):
     model, expected = load(variant)
     window = expected["queries"].shape[1]
     for layer in range(model.config.layers):
-        q, k, rows = keys_and_last_queries(model, *both(expected), layer, window=window)
+        q, k, rows = keys_and_last_queries(model, *both(expected), layer, observation_window=window)
         assert_close(k[0, expected["rows"]].swapaxes(0, 1), expected["keys"][layer])
         assert_close(q[0], expected["queries"][layer])
         assert rows[0].tolist() == list(range(len(expected["ids"])))[-window:]
@@ -111,7 +111,7 @@ def test_logits(variant):
     last, cache = prefill(model, ids, lengths, np.broadcast_to(np.arange(ids.shape[1]), ids.shape), cache)
     assert expected["rows"][-1] == len(expected["ids"]) - 1
     assert_close(last[0], expected["logits"][-1])
-    assert_close(cache.k[:, 0, expected["rows"]].swapaxes(1, 2), expected["keys"])
+    assert_close(cache.keys[:, 0, expected["rows"]].swapaxes(1, 2), expected["keys"])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -130,11 +130,11 @@ def test_padding_and_company_change_nothing():
     padded = batch(*prompts, width=700)
     layers = model.config.layers
     x = hidden_states(model, *padded, layers)
-    q, k, rows = keys_and_last_queries(model, *padded, layers - 1, window=8)
+    q, k, rows = keys_and_last_queries(model, *padded, layers - 1, observation_window=8)
     for row, prompt in enumerate(prompts):
         alone = batch(prompt)
         assert_close(x[row, : len(prompt)], hidden_states(model, *alone, layers)[0], 1e-5)
-        q_alone, k_alone, rows_alone = keys_and_last_queries(model, *alone, layers - 1, window=8)
+        q_alone, k_alone, rows_alone = keys_and_last_queries(model, *alone, layers - 1, observation_window=8)
         assert_close(k[row, : len(prompt)], k_alone[0], 1e-5)
         assert_close(q[row], q_alone[0], 1e-5)
         assert rows[row].tolist() == rows_alone[0].tolist()

@@ -18,7 +18,7 @@ from gemfilter_jax.generate import programs
 from gemfilter_jax.methods.gemfilter import scoring_pass, segments
 from gemfilter_jax.methods.gemfilter.method import GemFilter
 from gemfilter_jax.methods.gemfilter.scoring_pass import Progress
-from gemfilter_jax.models.cache import FilterState
+from gemfilter_jax.models.cache import KVCache
 from gemfilter_jax.models.transformer import Decoder
 from gemfilter_jax.parallel import collectives, sharding
 from gemfilter_jax.text.prompt import Prompt
@@ -49,7 +49,7 @@ class Reading:
     """
 
     beginnings: list[Beginning]
-    states: list[FilterState]
+    states: list[KVCache]
 
     def fits(self, config: ModelConfig, prompt: Prompt, method: GemFilter) -> bool:
         """Whether this model and method would read the same of the prompt, whatever its question."""
@@ -178,11 +178,11 @@ def load(model: Decoder, prompt: Prompt, method: GemFilter, folder: pathlib.Path
             # Through the host, so that they are bound to no device and go where the model's weights are.
             arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
             stored = checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=arguments))
-        states = [FilterState(**jax.tree.map(jnp.asarray, one)) for one in stored]
+        states = [KVCache(**jax.tree.map(jnp.asarray, one)) for one in stored]
     except Exception:  # Orbax and TensorStore raise many kinds for a damaged checkpoint; the document is read again
         return None
     return Reading(_beginnings(model.config, prompt, method), states)
 
 
-def _as_tree(states: list[FilterState]) -> list[dict[str, jax.Array]]:
+def _as_tree(states: list[KVCache]) -> list[dict[str, jax.Array]]:
     return [{field.name: getattr(state, field.name) for field in dataclasses.fields(state)} for state in states]
