@@ -7,14 +7,15 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test test-all lint bench clean
 
 help:
-	@echo "make demo   environment, default model, two questions of a text seven times longer than its context"
-	@echo "make test   environment and the whole test suite"
-	@echo "make lint   style, formatting and types"
-	@echo "make bench  full attention against GemFilter on this device"
-	@echo "make clean  remove the environment"
+	@echo "make demo       environment, default model, two questions of a text seven times longer than its context"
+	@echo "make test       environment and the test suite, in $(WORKERS) processes"
+	@echo "make test-all   the same with every exhaustive test"
+	@echo "make lint       style, formatting and types"
+	@echo "make bench      full attention against GemFilter on this device"
+	@echo "make clean      remove the environment"
 
 $(READY): pyproject.toml
 	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 with venv found; name one: make PYTHON=..." >&2; exit 1; }
@@ -36,8 +37,15 @@ $(LIBTPU): $(READY)
 	@$(BIN)/python -m pip install --progress-bar=on --no-deps --target $@.part "$$($(BIN)/python -c 'import importlib.metadata as m; print(next(r.split(";")[0] for r in m.requires("jax") if r.startswith("libtpu")))')" \
 		&& mv $@.part $@ || echo "libtpu does not install here: programs are not compiled for TPU"
 
+# Tests of a file share what its fixtures made, and so a worker.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder
+
 test: $(READY) $(LIBTPU)
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+test-all: $(READY) $(LIBTPU)
+	$(PYTEST) -m ""
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -33,6 +33,7 @@ _OTHERS = {
     "paper": GemFilter.paper(filter_layer=2, keep=48),
     "int8": dataclasses.replace(_DEFAULT, filter_precision="int8", head_weights=None),
 }
+_WITH_ALL = MeshShape(2, 2, 2)  # the mesh on which the others and a document are tried, too
 
 
 def _shapes(devices: int) -> list[MeshShape]:
@@ -79,15 +80,19 @@ def _document(model: Pipeline, cache: str) -> list[dict]:
     return [{"kept": result.selection.indices, "tokens": result.tokens} for result in results]
 
 
-def main(folder: str) -> None:
+def main(folder: str, *meshes: str) -> None:
     """Print {mesh: {what: result}}; "one" is a single device, other meshes may be {"refused": why}.
 
     Answers are asked for once of the shapes that stage 2 does not tell apart; see `sharding.without_seq`.
+
+    Args:
+      folder: of the model. meshes: as in "seq:8"; none for every one that 8 and 4 devices make.
     """
     one = HuggingFaceFolder(pathlib.Path(folder)).decoder(Loading(jnp.dtype(jnp.float32)))
+    shapes = [MeshShape.parse(mesh) for mesh in meshes] or [*_shapes(8), *_shapes(4)]
     found, answered = {}, set()
     cache = tempfile.mkdtemp()
-    for shape in (None, *_shapes(8), *_shapes(4)):
+    for shape in (None, *shapes):
         try:
             sharding.check(one.config, shape or MeshShape())
         except UserError as error:
@@ -99,7 +104,7 @@ def main(folder: str) -> None:
         if alike not in answered:
             made["answers"] = _answers(model, _METHODS["tri_shape"], 230)
             answered.add(alike)
-        if shape in (None, MeshShape(2, 2, 2)):
+        if shape == _WITH_ALL or (shape is None and _WITH_ALL in shapes):
             # Prompts that are kept whole, filtered in one pass, and in segments.
             made |= {name: _answers(model, method, 20, 230, 700) for name, method in _OTHERS.items()}
             made["document"] = _document(model, cache)
@@ -107,4 +112,4 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -320,8 +320,8 @@ class Decoder(nnx.Module):
         positions = read.next_positions(ids.shape[1])
         table = rotary_table(self.config, positions, read.lengths + lengths)
 
-        def attend(visit: Visit, _: None) -> jax.Array:
-            keys, values, _ = read.layer(visit.layer)
+        def attend(visit: Visit, _: Any) -> jax.Array:
+            keys, values = read.keys[visit.layer], read.values[visit.layer]
             k, v = read.followed_by(keys, visit.k), read.followed_by(values, visit.v)
             return attention.rows(visit.q, positions, k, v, window=visit.sliding_window)
 

@@ -69,11 +69,11 @@ def score_keys(
     """
     with jax.named_scope("scoring"):
         weighted = head_weights.astype(jnp.float32)
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        factor = q.shape[-1] ** -0.5 if scale is None else scale
         if cut is not None and cut.parts > 1 and normalisation != "none":
-            scores = _scores_of_part(q, rows, k, weighted, normalisation == "sink", window, scale, cut, implementation)
+            scores = _scores_of_part(q, rows, k, weighted, normalisation == "sink", window, factor, cut, implementation)
         else:
-            scores = _scores(q, rows, k, weighted, normalisation, window, scale, implementation)
+            scores = _scores(q, rows, k, weighted, normalisation, window, factor, implementation)
         return collectives.psum(scores, "model")
 
 
@@ -84,7 +84,7 @@ def _scores(
     head_weights: jax.Array,
     normalisation: Normalisation,
     window: jax.typing.ArrayLike | None,
-    scale: float | None,
+    scale: float,
     implementation: Implementation | None,
     merge: Merge | None = None,
 ) -> jax.Array:
@@ -120,7 +120,7 @@ def _scores_of_part(
     head_weights: jax.Array,
     from_sink: bool,
     window: jax.typing.ArrayLike | None,
-    scale: float | None,
+    scale: float,
     cut: Cut,
     implementation: Implementation | None,
 ) -> jax.Array:
@@ -222,7 +222,7 @@ def _masses(
     *,
     from_sink: bool,
     window: jax.typing.ArrayLike | None,
-    scale: float | None,
+    scale: float,
     largest_exponent: float,
     merge: Merge | None,
 ) -> jax.Array:

@@ -123,8 +123,10 @@ def devices(topology: Topology) -> list:
 
     if topology.chip is None:
         return jax.devices()
+    one_chip = {"chips_per_host_bounds": (1, 1, 1)} if topology.size == 1 else {}  # libtpu 0.0.42 assumes four
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=str(topology)).devices)
+        described = topologies.get_topology_desc(platform="tpu", topology_name=str(topology), **one_chip)
+        return list(described.devices)
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"topology {topology}: {reason(error)}") from error
 
