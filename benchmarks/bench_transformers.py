@@ -62,11 +62,11 @@ def _main(output: str, tokens: int, torch_python: str) -> None:
     import gemfilter_jax
     from gemfilter_jax import files
     from gemfilter_jax.evals import bench
-    from gemfilter_jax.evals.tasks import needles
+    from gemfilter_jax.evals.tasks.needles import Needles
     from gemfilter_jax.text.prompt import encode
 
     model = gemfilter_jax.load("smollm2")
-    case = next(needles.cases(model.checkpoint.tokenizer, tokens, depths=(0.5,)))
+    case = next(Needles(depths=(0.5,)).examples(model.checkpoint.tokenizer, tokens))
     prompt = encode(model.checkpoint.tokenizer, case.text, case.question, window=0)
     runs = {"full": _own_seconds(model, case, "full", 1), "default": _own_seconds(model, case, "default", 2)}
     command = [torch_python, __file__, "--torch_half"]

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 
-from gemfilter_jax.evals.tasks import needles
+from gemfilter_jax.evals.tasks.needles import Needles
 from gemfilter_jax.methods.gemfilter.method import Method
 from gemfilter_jax.pipeline import Pipeline
 from gemfilter_jax.timing import COMPILE
@@ -64,13 +64,13 @@ def run(
     """
     endless = dataclasses.replace(model, checkpoint=dataclasses.replace(model.checkpoint, stop_tokens=()))
     for length in lengths:
-        case = next(needles.cases(model.checkpoint.tokenizer, length, depths=(0.5,)))
+        example = next(Needles(depths=(0.5,)).examples(model.checkpoint.tokenizer, length))
         runs: dict[str, list] = {name: [] for name in methods}
         peaks: dict[str, int] = {}
         for repeat in range(repeats + 1):
             for name, method in methods.items():
                 _reset_peak()
-                result = endless.generate(case.text, case.question, method=method, max_new_tokens=new_tokens)
+                result = endless.generate(example.text, example.question, method=method, max_new_tokens=new_tokens)
                 if repeat:
                     runs[name].append(result)
                     peaks[name] = max(peaks.get(name, 0), peak_memory())

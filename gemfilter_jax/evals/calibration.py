@@ -15,8 +15,9 @@ import optax
 
 from gemfilter_jax.buckets import bucket
 from gemfilter_jax.errors import UserError
-from gemfilter_jax.evals.examples import WHOLE, Case
+from gemfilter_jax.evals.runner import WHOLE
 from gemfilter_jax.evals.summary import wilson
+from gemfilter_jax.evals.task import Example
 from gemfilter_jax.evals.tasks import hidden_facts
 from gemfilter_jax.generate import programs
 from gemfilter_jax.methods.gemfilter import scoring_pass, segments, selection
@@ -53,17 +54,17 @@ class Recorded:
     required: int
 
 
-def record(model: Pipeline, case: Case, method: GemFilter, layers: int) -> Recorded:
-    """What every head of the first `layers` layers scores in a case.
+def record(model: Pipeline, example: Example, method: GemFilter, layers: int) -> Recorded:
+    """What every head of the first `layers` layers scores in an example.
 
     Args:
-      case: no longer than the model's context.
+      example: no longer than the model's context.
       method: its window, pooling, chunks, attention and precision are used.
     """
     prompt = encode(
         model.checkpoint.tokenizer,
-        case.text,
-        case.question,
+        example.text,
+        example.question,
         window=method.window,
         chat_template=model.chat_template,
         message_format=model.message_format,
@@ -105,7 +106,7 @@ def record(model: Pipeline, case: Case, method: GemFilter, layers: int) -> Recor
     return Recorded(
         scores=np.asarray(ranked[:, free[first]]).reshape(layers, -1, len(sizes)),
         sizes=sizes,
-        facts=np.stack([_holders(starts, ends, span) for span in case.spans]),
+        facts=np.stack([_holders(starts, ends, span) for span in example.spans]),
         required=prompt.prefix_length + prompt.suffix_length,
     )
 
@@ -318,18 +319,16 @@ def calibrate(
 
     def recorded(split: hidden_facts.SplitName, count: int, sizes: Sequence[int]) -> list[Recorded]:
         made: list[Recorded] = []
-        for index, size in enumerate(sizes):
-            cases = hidden_facts.cases(
-                model.checkpoint.tokenizer,
-                size,
-                len(range(index, count, len(sizes))),
+        for index, size in enumerate(sizes[:count]):
+            task = hidden_facts.HiddenFacts(
+                count=len(range(index, count, len(sizes))),
                 split=split,
                 distractors=plan.distractors,
                 seed=plan.seed + index,
-                paragraphs=paragraphs,
+                paragraphs=None if paragraphs is None else tuple(paragraphs),
             )
-            for case in cases:
-                made.append(record(model, case, method, plan.layers))
+            for example in task.examples(model.checkpoint.tokenizer, size):
+                made.append(record(model, example, method, plan.layers))
                 progress(f"reading, {split}", len(made), count)
         return made
 

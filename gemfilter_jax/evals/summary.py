@@ -1,10 +1,12 @@
-"""Outcomes counted, with how far chance may have moved the counts."""
+"""Statistics of outcomes: counts, means, intervals, and the cells of tables that show them."""
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from gemfilter_jax.evals.examples import Outcome
+if TYPE_CHECKING:  # commands read the tasks' columns before they import JAX
+    from gemfilter_jax.evals.runner import Outcome
 
 _Z_95 = 1.959964  # standard normal quantile of 0.975
 
@@ -14,34 +16,29 @@ class Summary:
     """Outcomes of one method.
 
     Attributes:
-      asked: how many questions.
-      right: how many of them were answered right.
-      kept: mean share of the facts' characters that was kept.
-      facts_kept: mean share of a question's facts that were kept.
-      all_kept: of how many questions every fact was kept.
+      asked: number of questions.
+      means: mean of each score.
+      full: number of questions with a score of 1, for each score.
     """
 
     asked: int
-    right: int
-    kept: float
-    facts_kept: float
-    all_kept: int
+    means: Mapping[str, float]
+    full: Mapping[str, int]
 
 
-def by_length(outcomes: Sequence[Outcome]) -> dict[int, Summary]:
+def by_length(outcomes: "Sequence[Outcome]") -> dict[int, Summary]:
     """A summary for each length of text, in tokens, among one method's outcomes."""
-    lengths = dict.fromkeys(outcome.case.tokens for outcome in outcomes)
-    return {length: summarise([o for o in outcomes if o.case.tokens == length]) for length in lengths}
+    lengths = dict.fromkeys(outcome.example.tokens for outcome in outcomes)
+    return {length: summarise([o for o in outcomes if o.example.tokens == length]) for length in lengths}
 
 
-def summarise(outcomes: Sequence[Outcome]) -> Summary:
-    """Count outcomes, of which there must be at least one."""
+def summarise(outcomes: "Sequence[Outcome]") -> Summary:
+    """Statistics of outcomes, of which there must be at least one."""
+    scores = {name: [outcome.scores[name] for outcome in outcomes] for name in outcomes[0].scores}
     return Summary(
         asked=len(outcomes),
-        right=sum(outcome.right for outcome in outcomes),
-        kept=sum(outcome.kept for outcome in outcomes) / len(outcomes),
-        facts_kept=sum(outcome.facts_kept for outcome in outcomes) / len(outcomes),
-        all_kept=sum(outcome.facts_kept == 1 for outcome in outcomes),
+        means={name: sum(values) / len(values) for name, values in scores.items()},
+        full={name: sum(value == 1 for value in values) for name, values in scores.items()},
     )
 
 
@@ -58,3 +55,45 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
     half = _Z_95 * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
     scale = 1 + z2 / trials
     return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """A column of a table: its heading, and the cell that shows a summary."""
+
+    heading: str
+    cell: Callable[[Summary], str]
+
+
+ASKED = Column("asked", lambda summary: str(summary.asked))
+"""The number of questions."""
+
+
+def count(score: str) -> Column:
+    """The number of questions with a score of 1."""
+    return Column(_words(score), lambda summary: str(summary.full[score]))
+
+
+def proportion(score: str, heading: str | None = None) -> Column:
+    """The number of questions with a score of 1, with the interval of their share: "41 (.56-.79)"."""
+
+    def cell(summary: Summary) -> str:
+        bounds = (f"{bound:.2f}".removeprefix("0") for bound in wilson(summary.full[score], summary.asked))
+        return f"{summary.full[score]} ({'-'.join(bounds)})"
+
+    return Column(f"{heading or _words(score)} (95 %)", cell)
+
+
+def mean(score: str, heading: str | None = None) -> Column:
+    """The mean of a score."""
+    return Column(heading or _words(score), lambda summary: f"{summary.means[score]:.2f}")
+
+
+def columns_of(scores: Mapping[str, float]) -> tuple[Column, ...]:
+    """The columns that suit an outcome's scores: a proportion for each verdict, a mean for each number."""
+    own = (proportion(name) if isinstance(value, bool) else mean(name) for name, value in scores.items())
+    return (ASKED, *own)
+
+
+def _words(score: str) -> str:
+    return score.replace("_", " ")

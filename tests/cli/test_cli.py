@@ -11,7 +11,7 @@ import pytest
 from model_files import GOLDEN, Folder
 
 from gemfilter_jax import pipeline
-from gemfilter_jax.evals.tasks import needles
+from gemfilter_jax.evals.tasks.needles import Needles
 
 QUESTION = "What is the password of the old lighthouse?"
 CASE_TOKENS = 600
@@ -19,7 +19,7 @@ CASE_TOKENS = 600
 
 @pytest.fixture(scope="module")
 def book(smollm2, tmp_path_factory):
-    case = next(needles.cases(smollm2.checkpoint.tokenizer, CASE_TOKENS, depths=(0.4,)))
+    case = next(Needles(depths=(0.4,)).examples(smollm2.checkpoint.tokenizer, CASE_TOKENS))
     path = tmp_path_factory.mktemp("book") / "book.txt"
     path.write_text(f"<b>&</b> é世界 {case.text}", encoding="utf-8")
     return path
@@ -152,7 +152,8 @@ runpy.run_module("gemfilter_jax.cli.main", run_name="__main__")
 def test_a_whole_context_is_filtered_within_two_gigabytes(smollm2, tmp_path):
     """The process tells its own peak: what a parent can ask for is no less than the parent's own."""
     book = tmp_path / "long.txt"
-    book.write_text(next(needles.cases(smollm2.checkpoint.tokenizer, 8_080, depths=(0.5,))).text, encoding="utf-8")
+    example = next(Needles(depths=(0.5,)).examples(smollm2.checkpoint.tokenizer, 8_080))
+    book.write_text(example.text, encoding="utf-8")
     command = [sys.executable, "-c", _TELLING_ITS_PEAK, "select", f"--prompt_file={book}", f"--question={QUESTION}"]
     done = subprocess.run([*command, "--format=json"], capture_output=True, text=True, check=True, timeout=300)
     assert 8_100 < json.loads(done.stdout)["prompt_tokens"] <= 8_192

@@ -9,8 +9,7 @@ import pytest
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.evals import calibration
 from gemfilter_jax.evals.calibration import HeadSet, Plan, Recorded
-from gemfilter_jax.evals.examples import Case
-from gemfilter_jax.evals.tasks import hidden_facts
+from gemfilter_jax.evals.tasks.hidden_facts import HiddenFacts
 from gemfilter_jax.methods import presets
 from gemfilter_jax.reporting import plots
 from gemfilter_jax.text.prompt import encode
@@ -100,8 +99,8 @@ def test_calibration_is_deterministic_and_its_preset_can_be_used(smollm2, tmp_pa
     path.write_text(presets.write_preset(preset, smollm2.checkpoint.model.config))
     read = presets.read_preset(path, smollm2.checkpoint.model.config)
     assert read == preset
-    case = next(hidden_facts.cases(smollm2.checkpoint.tokenizer, 640, 1))
-    kept, _ = dataclasses.replace(smollm2, preset=read).select(case.text, case.question)
+    example = next(HiddenFacts(count=1).examples(smollm2.checkpoint.tokenizer, 640))
+    kept, _ = dataclasses.replace(smollm2, preset=read).select(example.text, example.question)
     assert kept.kept_tokens == 128
     plots.recall(judged, _PLAN.target, str(tmp_path / "recall.png"))
     assert (tmp_path / "recall.png").read_bytes().startswith(b"\x89PNG")
@@ -109,14 +108,14 @@ def test_calibration_is_deterministic_and_its_preset_can_be_used(smollm2, tmp_pa
 
 def test_recorded_scores_are_the_filters_own(smollm2):
     """Of one head: the chunks that it puts first are those that the filter keeps when that head alone counts."""
-    case: Case = next(hidden_facts.cases(smollm2.checkpoint.tokenizer, 600, 1))
+    example = next(HiddenFacts(count=1).examples(smollm2.checkpoint.tokenizer, 600))
     sixth = (0.0,) * 5 + (1.0,) + (0.0,) * 3
     method = dataclasses.replace(smollm2.method(keep=128), filter_layer=2, head_weights=sixth)
-    one = calibration.record(smollm2, case, method, layers=3)
+    one = calibration.record(smollm2, example, method, layers=3)
     order = np.argsort(-one.scores[2, 5], kind="stable")
     fits = one.required + np.cumsum(one.sizes[order]) <= 128
-    kept, _ = smollm2.select(case.text, case.question, method=method)
-    prompt = encode(smollm2.checkpoint.tokenizer, case.text, case.question, window=32)
+    kept, _ = smollm2.select(example.text, example.question, method=method)
+    prompt = encode(smollm2.checkpoint.tokenizer, example.text, example.question, window=32)
     begins = prompt.prefix_length + np.cumsum(np.append(0, one.sizes))
     assert begins[-1] == len(prompt) - prompt.suffix_length
     assert fits.sum() > 1

@@ -8,6 +8,7 @@ import pytest
 
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.evals.tasks import hidden_facts
+from gemfilter_jax.evals.tasks.hidden_facts import HiddenFacts
 
 SPLITS = ("train", "held_out")
 LEAST_TEMPLATES = 24
@@ -66,51 +67,50 @@ def test_the_splits_share_nothing():
 
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize(("asked", "distractors"), [(1, 0), (1, 2), (4, 2)])
-def test_cases(tokenizer, split, asked, distractors):
+def test_examples(tokenizer, split, asked, distractors):
     tokens, templates = 900, {template.name: template for template in hidden_facts.load(split).templates}
-    made = list(
-        hidden_facts.cases(tokenizer, tokens, len(templates), split=split, facts=asked, distractors=distractors, seed=3)
-    )
-    assert {case.name for case in made} == set(templates)
-    for case in made:
-        template = templates[case.name]
-        assert len(case.answers) == len(case.spans) == asked
-        assert len(re.findall(pattern(template), case.text)) == asked + distractors
-        for answer, (start, end) in zip(case.answers, case.spans, strict=True):
-            assert re.fullmatch(pattern(template), case.text[start:end])
-            (place,) = occurrences(answer, case.text)
+    task = HiddenFacts(count=len(templates), split=split, facts=asked, distractors=distractors, seed=3)
+    made = list(task.examples(tokenizer, tokens))
+    assert {example.name for example in made} == set(templates)
+    for example in made:
+        template = templates[example.name]
+        assert len(example.references) == len(example.spans) == asked
+        assert len(re.findall(pattern(template), example.text)) == asked + distractors
+        for answer, (start, end) in zip(example.references, example.spans, strict=True):
+            assert re.fullmatch(pattern(template), example.text[start:end])
+            (place,) = occurrences(answer, example.text)
             assert start <= place < end
-            assert not occurrences(answer, case.question)
-            before, after = case.text[:start], case.text[end:]
+            assert not occurrences(answer, example.question)
+            before, after = example.text[:start], example.text[end:]
             assert re.search(r"""(^|[.!?]["'”’)]* |\n\n)$""", before), before[-30:]
             assert re.match(r"\n\n|$| [^a-z]", after), after[:30]
             if template.own_paragraph:
-                assert case.text[start:end] in case.text.split("\n\n")
-        assert abs(len(tokenizer(case.text)["input_ids"]) - tokens) <= 0.03 * tokens
+                assert example.text[start:end] in example.text.split("\n\n")
+        assert abs(len(tokenizer(example.text)["input_ids"]) - tokens) <= 0.03 * tokens
 
 
 def test_a_question_for_several_facts_names_all(tokenizer):
     templates = {template.name: template for template in hidden_facts.load("held_out").templates}
-    for case in hidden_facts.cases(tokenizer, 600, 8, facts=3):
-        (asked,) = slots(templates[case.name].question)
-        named = pattern(templates[case.name], group=asked)
-        first, second, third = (re.fullmatch(named, case.text[slice(*span)])[1] for span in case.spans)
-        assert f"{first}, {second} and {third}" in case.question
+    for example in HiddenFacts(count=8, facts=3).examples(tokenizer, 600):
+        (asked,) = slots(templates[example.name].question)
+        named = pattern(templates[example.name], group=asked)
+        first, second, third = (re.fullmatch(named, example.text[slice(*span)])[1] for span in example.spans)
+        assert f"{first}, {second} and {third}" in example.question
 
 
-def test_the_same_seed_gives_the_same_cases(tokenizer):
-    first, again, other = (list(hidden_facts.cases(tokenizer, 300, 5, seed=seed)) for seed in (1, 1, 2))
+def test_the_same_seed_gives_the_same_examples(tokenizer):
+    first, again, other = (list(HiddenFacts(count=5, seed=seed).examples(tokenizer, 300)) for seed in (1, 1, 2))
     assert first == again
-    assert [case.name for case in first] != [case.name for case in other]
-    assert {case.text for case in first}.isdisjoint(case.text for case in other)
+    assert [example.name for example in first] != [example.name for example in other]
+    assert {example.text for example in first}.isdisjoint(example.text for example in other)
 
 
 def test_facts_are_anywhere(tokenizer):
     kinds, depths = set(), []
-    for case in hidden_facts.cases(tokenizer, 1_000, 93, distractors=0):
-        (start, end) = case.spans[0]
-        kinds.add((case.text[:start][-2:] in ("", "\n\n"), case.text[end:][:2] in ("", "\n\n")))
-        depths.append(case.depth)
+    for example in HiddenFacts(count=93, distractors=0).examples(tokenizer, 1_000):
+        (start, end) = example.spans[0]
+        kinds.add((example.text[:start][-2:] in ("", "\n\n"), example.text[end:][:2] in ("", "\n\n")))
+        depths.append(example.depth)
     assert kinds == set(itertools.product([True, False], repeat=2))
     assert 0.4 < sum(depths) / len(depths) < 0.6
     assert min(depths) < 0.1
@@ -119,34 +119,36 @@ def test_facts_are_anywhere(tokenizer):
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_one_document_with_many_facts(tokenizer, split):
-    made = hidden_facts.document(tokenizer, 6_000, LEAST_TEMPLATES, split=split, distractors=1)
-    assert len({case.text for case in made}) == 1
-    assert len({case.name for case in made}) == len({case.spans for case in made}) == LEAST_TEMPLATES
-    for case in made:
-        (place,) = occurrences(case.answers[0], case.text)
-        assert case.spans[0][0] <= place < case.spans[0][1]
+    task = HiddenFacts(count=LEAST_TEMPLATES, per_text=LEAST_TEMPLATES, split=split, distractors=1)
+    made = list(task.examples(tokenizer, 6_000))
+    assert len({example.text for example in made}) == 1
+    assert len({example.name for example in made}) == len({example.spans for example in made}) == LEAST_TEMPLATES
+    for example in made:
+        (place,) = occurrences(example.references[0], example.text)
+        assert example.spans[0][0] <= place < example.spans[0][1]
     assert abs(len(tokenizer(made[0].text)["input_ids"]) - 6_000) <= 180
 
 
 def test_other_texts(tokenizer):
-    paragraphs = [f"Paragraph {index} is here. It says nothing." for index in "abcdefgh"]
-    for case in hidden_facts.cases(tokenizer, 400, 4, paragraphs=paragraphs):
-        assert "Paragraph" in case.text
+    paragraphs = tuple(f"Paragraph {index} is here. It says nothing." for index in "abcdefgh")
+    for example in HiddenFacts(count=4, paragraphs=paragraphs).examples(tokenizer, 400):
+        assert "Paragraph" in example.text
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"tokens": 20}, "ask for a longer one"),
-        ({"tokens": 4_000, "distractors": 60}, "fewer facts and distractors"),
+        ({"tokens": 20, "count": 3}, "ask for a longer one"),
+        ({"tokens": 4_000, "count": 3, "distractors": 60}, "fewer facts and distractors"),
         ({"tokens": 400, "split": "test"}, "one of train, held_out"),
+        ({"tokens": 4_000, "count": 99, "per_text": 99}, "99 facts of different templates"),
+        ({"tokens": 400, "facts": 5}, r"facts is 5: expected a number in \[1, 4\]"),
+        ({"tokens": 400, "facts": 2, "per_text": 4}, "per_text is 4; such questions ask for one fact"),
+        ({"tokens": 400, "texts": "/no/such/folder"}, "/no/such/folder: is not a folder"),
     ],
 )
 def test_mistakes(tokenizer, arguments, said):
+    tokens = arguments["tokens"]
+    options = {name: value for name, value in arguments.items() if name != "tokens"}
     with pytest.raises(UserError, match=said):
-        list(hidden_facts.cases(tokenizer, count=3, **arguments))
-
-
-def test_a_document_of_more_facts_than_templates(tokenizer):
-    with pytest.raises(UserError, match="99 facts of different templates"):
-        hidden_facts.document(tokenizer, 4_000, 99)
+        list(HiddenFacts(**options).examples(tokenizer, tokens))

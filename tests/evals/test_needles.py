@@ -2,20 +2,23 @@
 
 import pytest
 
-from gemfilter_jax.evals import examples
-from gemfilter_jax.evals.tasks import needles
+from gemfilter_jax.evals import runner
+from gemfilter_jax.evals.tasks.needles import Needles
 
 
 @pytest.mark.parametrize("which", [0, 3])
 def test_facts_in_2048_tokens(smollm2, which):
-    case = list(needles.cases(smollm2.checkpoint.tokenizer, 2048, depths=(0.5,)))[which]
-    outcome = examples.Asking(smollm2, smollm2.method(keep=512))(case)
-    assert outcome.kept == 1.0
-    assert outcome.right, outcome.answer
+    task = Needles(depths=(0.5,))
+    example = list(task.examples(smollm2.checkpoint.tokenizer, 2048))[which]
+    assert_kept_and_right(smollm2, task, example)
 
 
 def test_a_fact_beyond_the_context(smollm2):
-    case = next(needles.cases(smollm2.checkpoint.tokenizer, 12_000, depths=(0.3,)))
-    outcome = examples.Asking(smollm2, smollm2.method(keep=512))(case)
-    assert outcome.kept == 1.0
-    assert outcome.right, outcome.answer
+    task = Needles(depths=(0.3,))
+    assert_kept_and_right(smollm2, task, next(task.examples(smollm2.checkpoint.tokenizer, 12_000)))
+
+
+def assert_kept_and_right(model, task, example):
+    ((_, outcome),) = runner.run(model, task, {"default": model.method(keep=512)}, [example])
+    assert outcome.scores["kept"] == 1.0
+    assert outcome.scores["right"], outcome.answer

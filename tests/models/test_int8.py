@@ -86,11 +86,11 @@ def test_a_model_in_int8_leaves_the_first_as_it_was(smollm2):
 
 
 def test_kept_set_and_answer(smollm2, int8):
-    case = next(needles.cases(smollm2.checkpoint.tokenizer, 1024, needles.NEEDLES[1:], depths=(0.5,)))
+    case = next(needles.Needles(needles.NEEDLES[1:], depths=(0.5,)).examples(smollm2.checkpoint.tokenizer, 1024))
     method = dataclasses.replace(smollm2.method(keep=256), filter_precision="float")  # so that weights alone differ
     whole, small = (
         model.generate(case.text, case.question, method=method, max_new_tokens=16) for model in (smollm2, int8)
     )
     assert small.text == whole.text
-    assert case.answers[0] in small.text
+    assert case.references[0] in small.text
     assert len(set(whole.selection.indices) & set(small.selection.indices)) >= 0.9 * 256

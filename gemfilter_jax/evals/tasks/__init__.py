@@ -1,1 +1,12 @@
-"""Evaluation tasks, one file each."""
+"""Evaluation tasks, one file each, and the registry that names them."""
+
+from gemfilter_jax.evals.task import Task
+from gemfilter_jax.evals.tasks import hidden_facts, needles
+
+TASKS: dict[str, type[Task]] = {
+    task.name: task
+    for task in (
+        needles.Needles,
+        hidden_facts.HiddenFacts,
+    )
+}

@@ -8,21 +8,24 @@ import dataclasses
 import functools
 import importlib.resources
 import json
+import pathlib
 import random
 import re
 import string
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from gemfilter_jax.errors import UserError
-from gemfilter_jax.evals import haystack
-from gemfilter_jax.evals.examples import Case
+from gemfilter_jax.evals import haystack, metrics, summary
+from gemfilter_jax.evals.task import Example, Task, option
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SplitName = Literal["train", "held_out"]
 
 _HAYSTACKS = {"train": "journal", "held_out": "essays"}
+_NEW_TOKENS_PER_REFERENCE = 24
 _TRIES = 1_000
 _SENTENCE_END = re.compile(r"""(?<!\b[A-Z])(?<!\bMr)(?<!\bMrs)(?<!\bDr)(?<!\bSt)[.!?]["'”’)]*(?= ["'“‘(]?[A-Z])""")
 _PARAGRAPH_BREAK = "\n\n"
@@ -120,68 +123,106 @@ def _values(entry: list[str] | dict[str, int]) -> tuple[str, ...]:
     return tuple(map(str, range(entry["from"], entry["to"] + 1)))
 
 
-def cases(
-    tokenizer: PreTrainedTokenizerBase,
-    tokens: int,
-    count: int,
-    *,
-    split: SplitName = "held_out",
-    facts: int = 1,
-    distractors: int = 2,
-    seed: int = 0,
-    paragraphs: Sequence[str] | None = None,
-) -> Iterator[Case]:
-    """Questions, each of a text of its own; the split's templates take turns in an order drawn from the seed.
-
-    Args:
-      tokens: about how many each text has, facts included.
-      facts: how many of one template each question asks for.
-      distractors: how many more of that template, with other values, are in the text.
-      paragraphs: the haystack; the split's own if None.
+@dataclasses.dataclass(frozen=True)
+class HiddenFacts(Task):
+    """Facts of about thirty kinds at random places, among others that look like them; an answer is right if it contains
+    the key word of every fact it is asked for.
 
     Raises:
-      UserError: the text would be too short for its facts, or the vocabularies are too small for so many.
+      UserError: an option is out of bounds, `per_text` and `facts` are both above 1, `texts` cannot be read, or there
+        is no such split.
+
+    Attributes:
+      split: whose templates, vocabularies and, without `texts` and `paragraphs`, text are used.
+      paragraphs: the haystack; `texts` or the split's own if None.
     """
-    material = load(split)
-    templates = random.Random(seed).sample(material.templates, len(material.templates))
-    for index in range(count):
-        rng = random.Random(f"{split} {seed} {index}")
-        template = templates[index % len(templates)]
-        chosen = [template] * (facts + distractors)
-        text, drawn, spans = _hide(tokenizer, tokens, material, chosen, paragraphs, rng)
-        yield _case(text, drawn[:facts], spans[:facts], tokens)
+
+    name: ClassVar[str] = "held_out"
+    title: ClassVar[str] = "Hidden facts"
+    columns: ClassVar[tuple[summary.Column, ...]] = (
+        summary.ASKED,
+        summary.proportion("right"),
+        summary.mean("facts_kept"),
+        summary.proportion("facts_kept", "all kept"),
+    )
+    count: int = option(60, "Questions of each length.", at_least=1)
+    facts: int = option(1, "Facts of one kind that a question asks for.", at_least=1, at_most=4)
+    distractors: int = option(2, "Facts in the text that look like the asked ones.", at_least=0)
+    per_text: int = option(1, "Questions asked of each text, which is read once for them.", at_least=1)
+    seed: int = option(0, "Random seed of the facts and their places.")
+    texts: str | None = option(None, "Hide facts in the .txt and .md files of this folder.")
+    split: SplitName = "held_out"
+    paragraphs: tuple[str, ...] | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.per_text > 1 and self.facts > 1:
+            raise UserError(f"per_text is {self.per_text}; such questions ask for one fact, but facts is {self.facts}")
+        _ = self._material  # so that an unusable folder is reported before a model is loaded
+
+    @functools.cached_property
+    def _material(self) -> Split:
+        """The split with the paragraphs to hide facts in."""
+        material = load(self.split)
+        if self.paragraphs is not None:
+            return dataclasses.replace(material, paragraphs=self.paragraphs)
+        if self.texts is not None:
+            return dataclasses.replace(material, paragraphs=haystack.read_folder(pathlib.Path(self.texts)))
+        return material
+
+    def examples(self, tokenizer: "PreTrainedTokenizerBase", tokens: int) -> Iterator[Example]:
+        """`count` questions.
+
+        With one question for each text, the split's templates take turns in an order drawn from the seed. Several
+        questions of one text are of different templates.
+
+        Args:
+          tokens: about how many each text has, facts included.
+
+        Raises:
+          UserError: the text would be too short for its facts, the vocabularies are too small for so many, or the split
+            has fewer than `per_text` templates.
+        """
+        if self.per_text == 1:
+            yield from self._one_for_each_text(tokenizer, tokens)
+            return
+        for index, done in enumerate(range(0, self.count, self.per_text)):
+            questions = min(self.per_text, self.count - done)
+            yield from self._several_of_one_text(tokenizer, tokens, questions, self.seed + index)
+
+    def _one_for_each_text(self, tokenizer: "PreTrainedTokenizerBase", tokens: int) -> Iterator[Example]:
+        material = self._material
+        templates = random.Random(self.seed).sample(material.templates, len(material.templates))
+        for index in range(self.count):
+            rng = random.Random(f"{self.split} {self.seed} {index}")
+            chosen = [templates[index % len(templates)]] * (self.facts + self.distractors)
+            text, drawn, spans = _hide(tokenizer, tokens, material, chosen, rng)
+            yield _example(text, drawn[: self.facts], spans[: self.facts], tokens)
+
+    def _several_of_one_text(
+        self, tokenizer: "PreTrainedTokenizerBase", tokens: int, count: int, seed: int
+    ) -> Iterator[Example]:
+        material = self._material
+        if count > len(material.templates):
+            raise UserError(
+                f"{count} facts of different templates were asked for; {self.split} has {len(material.templates)}"
+            )
+        rng = random.Random(f"{self.split} {seed} document")
+        chosen = rng.sample(material.templates, count) * (1 + self.distractors)
+        text, drawn, spans = _hide(tokenizer, tokens, material, chosen, rng)
+        for index in range(count):
+            yield _example(text, [drawn[index]], [spans[index]], tokens)
+
+    def new_tokens(self, example: Example) -> int:
+        """24 for each reference."""
+        return _NEW_TOKENS_PER_REFERENCE * len(example.references)
+
+    def score(self, example: Example, answer: str) -> dict[str, float]:
+        """ "right": the answer contains every reference."""
+        return {"right": metrics.contains_all(answer, example.references)}
 
 
-def document(
-    tokenizer: PreTrainedTokenizerBase,
-    tokens: int,
-    count: int,
-    *,
-    split: SplitName = "held_out",
-    distractors: int = 0,
-    seed: int = 0,
-    paragraphs: Sequence[str] | None = None,
-) -> list[Case]:
-    """One text with `count` facts of different templates in it, each asked for by a question of its own.
-
-    Args:
-      tokens, paragraphs: as in `cases`.
-      distractors: how many more of each template, with other values, are in the text.
-
-    Raises:
-      UserError: as in `cases`, or the split has fewer templates.
-    """
-    material = load(split)
-    if count > len(material.templates):
-        raise UserError(f"{count} facts of different templates were asked for; {split} has {len(material.templates)}")
-    rng = random.Random(f"{split} {seed} document")
-    templates = rng.sample(material.templates, count)
-    chosen = templates * (1 + distractors)
-    text, drawn, spans = _hide(tokenizer, tokens, material, chosen, paragraphs, rng)
-    return [_case(text, [drawn[index]], [spans[index]], tokens) for index in range(count)]
-
-
-def _case(text: str, facts: Sequence[Fact], spans: Sequence[tuple[int, int]], tokens: int) -> Case:
+def _example(text: str, facts: Sequence[Fact], spans: Sequence[tuple[int, int]], tokens: int) -> Example:
     template = facts[0].template
     if len(facts) == 1:
         question = template.question.format(**facts[0].values)
@@ -189,11 +230,11 @@ def _case(text: str, facts: Sequence[Fact], spans: Sequence[tuple[int, int]], to
         question = template.several.format(
             **{slot: _listed([fact.values[slot] for fact in facts]) for slot in template.slots}
         )
-    return Case(
+    return Example(
         name=template.name,
         text=text,
         question=question,
-        answers=tuple(fact.answer for fact in facts),
+        references=tuple(fact.answer for fact in facts),
         spans=tuple(spans),
         tokens=tokens,
     )
@@ -204,15 +245,14 @@ def _listed(values: Sequence[str]) -> str:
 
 
 def _hide(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     tokens: int,
     material: Split,
     templates: Sequence[Template],
-    paragraphs: Sequence[str] | None,
     rng: random.Random,
 ) -> tuple[str, list[Fact], list[tuple[int, int]]]:
     """A fact of each template in a text of about `tokens` tokens, and where each is."""
-    hay = haystack.pile(tokenizer, paragraphs or material.paragraphs, tokens, rng.getrandbits(32))
+    hay = haystack.pile(tokenizer, material.paragraphs, tokens, rng.getrandbits(32))
     lower, facts = hay.text.lower(), []
     for template in templates:
         facts.append(_draw(template, material.vocabularies, facts, lower, rng))

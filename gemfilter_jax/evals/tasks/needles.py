@@ -1,12 +1,16 @@
 """Needle in a haystack: one sentence hidden in essays, asked for at the end (Kamradt 2023)."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, ClassVar
 
-from transformers import PreTrainedTokenizerBase
+from gemfilter_jax.evals import haystack, metrics, summary
+from gemfilter_jax.evals.task import Example, Task
 
-from gemfilter_jax.evals import haystack
-from gemfilter_jax.evals.examples import Case
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_NEW_TOKENS_PER_REFERENCE = 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,23 +47,45 @@ NEEDLES = (
 DEPTHS = (0.1, 0.5, 0.9)
 
 
-def cases(
-    tokenizer: PreTrainedTokenizerBase,
-    tokens: int,
-    needles: Sequence[Needle] = NEEDLES,
-    depths: Sequence[float] = DEPTHS,
-) -> Iterator[Case]:
-    """One case for each needle and depth, in about `tokens` tokens of essays; each needle has an order of its own."""
-    for seed, needle in enumerate(needles):
-        hay = haystack.pile(tokenizer, haystack.built_in("essays"), tokens, seed).first(tokens)
-        for depth in depths:
-            paragraph = hay.rfind("\n\n", 0, int(depth * len(hay)) + 1)
-            place = paragraph + 2 if paragraph >= 0 else 0
-            yield Case(
-                name=f"{needle.answer} at {depth}",
-                text=f"{hay[:place]}{needle.sentence}\n\n{hay[place:]}",
-                question=needle.question,
-                answers=(needle.answer,),
-                spans=((place, place + len(needle.sentence)),),
-                tokens=tokens,
-            )
+@dataclasses.dataclass(frozen=True)
+class Needles(Task):
+    """Four facts, each hidden at three depths of essays; an answer is right if it contains the fact's key word.
+
+    Attributes:
+      needles: the facts; each has essays in an order of its own.
+      depths: where each is hidden: 0 at the start of the text, 1 at its end.
+    """
+
+    name: ClassVar[str] = "needles"
+    title: ClassVar[str] = "Hidden facts"
+    columns: ClassVar[tuple[summary.Column, ...]] = (
+        summary.count("right"),
+        summary.ASKED,
+        summary.mean("kept", "needle kept"),
+    )
+    needles: tuple[Needle, ...] = NEEDLES
+    depths: tuple[float, ...] = DEPTHS
+
+    def examples(self, tokenizer: "PreTrainedTokenizerBase", tokens: int) -> Iterator[Example]:
+        """One for each needle and depth, in about `tokens` tokens of essays."""
+        for seed, needle in enumerate(self.needles):
+            hay = haystack.pile(tokenizer, haystack.built_in("essays"), tokens, seed).first(tokens)
+            for depth in self.depths:
+                paragraph = hay.rfind("\n\n", 0, int(depth * len(hay)) + 1)
+                place = paragraph + 2 if paragraph >= 0 else 0
+                yield Example(
+                    name=f"{needle.answer} at {depth}",
+                    text=f"{hay[:place]}{needle.sentence}\n\n{hay[place:]}",
+                    question=needle.question,
+                    references=(needle.answer,),
+                    spans=((place, place + len(needle.sentence)),),
+                    tokens=tokens,
+                )
+
+    def new_tokens(self, example: Example) -> int:
+        """24 for each reference."""
+        return _NEW_TOKENS_PER_REFERENCE * len(example.references)
+
+    def score(self, example: Example, answer: str) -> dict[str, float]:
+        """ "right": the answer contains every reference."""
+        return {"right": metrics.contains_all(answer, example.references)}

@@ -1,0 +1,8 @@
+"""How well an answer agrees with references."""
+
+from collections.abc import Iterable
+
+
+def contains_all(answer: str, references: Iterable[str]) -> bool:
+    """Whether the answer contains every reference, in either case."""
+    return all(reference.lower() in answer.lower() for reference in references)

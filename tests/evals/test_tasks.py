@@ -1,0 +1,210 @@
+"""Conformance of every task in the registry; a new one enters by its line there."""
+
+import copy
+import dataclasses
+import importlib.util
+import itertools
+import json
+import re
+import subprocess
+import sys
+import types
+from typing import ClassVar
+
+import pytest
+
+from gemfilter_jax.cli import evaluate
+from gemfilter_jax.cli import options as cli_options
+from gemfilter_jax.errors import UserError
+from gemfilter_jax.evals import tasks
+from gemfilter_jax.evals.task import Example, Task, option
+from gemfilter_jax.methods.gemfilter.method import Full
+
+TOKENS = 700
+SAMPLE = 8
+
+every_task = pytest.mark.parametrize("name", tasks.TASKS)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(smollm2):
+    return smollm2.checkpoint.tokenizer
+
+
+def sample(task: Task, tokenizer, tokens: int = TOKENS) -> list[Example]:
+    return list(itertools.islice(task.examples(tokenizer, tokens), SAMPLE))
+
+
+@every_task
+def test_examples_are_a_function_of_the_task(name, tokenizer):
+    make = tasks.TASKS[name]
+    made = sample(make(), tokenizer)
+    assert made
+    assert made == sample(make(), tokenizer)
+    if "seed" in make().settings:
+        other = sample(make(seed=1), tokenizer)
+        assert {one.text for one in other}.isdisjoint(one.text for one in made)
+
+
+@every_task
+def test_spans_hold_the_references(name, tokenizer):
+    for example in sample(tasks.TASKS[name](), tokenizer):
+        assert example.references
+        if example.spans:
+            for reference, (start, end) in zip(example.references, example.spans, strict=True):
+                assert 0 <= start < end <= len(example.text)
+                assert reference in example.text[start:end]
+
+
+@every_task
+@pytest.mark.parametrize("tokens", [TOKENS, 4_000])
+def test_texts_are_as_long_as_asked(name, tokens, tokenizer):
+    for example in sample(tasks.TASKS[name](), tokenizer, tokens):
+        assert example.tokens == tokens
+        assert abs(len(tokenizer(example.text)["input_ids"]) - tokens) <= 0.03 * tokens
+
+
+@every_task
+def test_scores(name, tokenizer):
+    task = tasks.TASKS[name]()
+    for example in sample(task, tokenizer):
+        best, worst = task.score(example, ", ".join(example.references)), task.score(example, "")
+        assert best
+        assert set(best.values()) == {1}
+        assert set(worst.values()) == {0}
+        assert list(best) == list(worst)
+        assert isinstance(task.new_tokens(example), int)
+        assert task.new_tokens(example) >= max(len(tokenizer(one)["input_ids"]) for one in example.references)
+
+
+@every_task
+def test_names_columns_and_help(name):
+    make = tasks.TASKS[name]
+    assert make.name == name
+    assert make.title
+    headings = [column.heading for column in make.columns]
+    assert len(set(headings)) == len(headings)
+    assert make.__doc__.split("\n\n")[0] != Task.__doc__.split("\n\n")[0]
+
+
+@every_task
+def test_options_make_flags(name, monkeypatch):
+    """Each is a flag with its help; given with its default, it makes the same task; out of bounds, it is refused."""
+    make = tasks.TASKS[name]
+    shown = " ".join(evaluate.FLAGS.get_help().split())
+    given = []
+    for one in make.options():
+        assert f"--{one.name}: " in shown or f"--[no]{one.name}: " in shown
+        assert " ".join(f"{name}: {one.help}".split()) in " ".join(evaluate.FLAGS[one.name].help.split())
+        if one.default is not None:
+            one.check(one.default, one.name)
+            given.append(f"--{one.name}={one.default}")
+    monkeypatch.setattr(evaluate, "FLAGS", copy.deepcopy(evaluate.FLAGS))
+    evaluate.FLAGS(["evaluate", f"--questions={name}", *given])
+    assert evaluate._chosen_task() == make()
+    assert set(make().settings) == {one.name for one in make.options()}
+
+
+def test_options_of_one_name_are_of_one_kind():
+    kinds: dict[str, type] = {}
+    for one in itertools.chain.from_iterable(task.options() for task in tasks.TASKS.values()):
+        assert kinds.setdefault(one.name, one.kind) is one.kind
+
+
+def test_flags_are_made_without_jax():
+    code = "import sys; import gemfilter_jax.cli.evaluate; print({'jax', 'transformers', 'numpy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.strip() == "set()"
+
+
+@dataclasses.dataclass(frozen=True)
+class Repeated(Task):
+    """A word among others that is named in the question.
+
+    The second paragraph is not in the help.
+    """
+
+    name: ClassVar[str] = "repeated"
+    title: ClassVar[str] = "Repeated words"
+    word: str = option("zebra", "The word.")
+    weight: float = option(0.5, "The score of an answer without the word.", at_least=0, at_most=1)
+    seed: int = option(7, "Not of held_out.", at_least=1)
+
+    def examples(self, tokenizer, tokens):
+        yield Example("word", "apple " * (tokens // 2), f"Say {self.word}.", (self.word,), tokens)
+
+    def new_tokens(self, example):
+        return 4
+
+    def score(self, example, answer):
+        return {"said": self.word in answer, "partial_credit": 1.0 if self.word in answer else self.weight}
+
+
+@pytest.fixture
+def command_with_third_task(monkeypatch):
+    """The command line as it is when the registry has one line more."""
+    monkeypatch.setitem(tasks.TASKS, Repeated.name, Repeated)
+    spec = importlib.util.spec_from_file_location("evaluate_with_third_task", evaluate.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_third_task_is_one_class_and_one_registry_line(
+    command_with_third_task, smollm2, monkeypatch, tmp_path, capsys
+):
+    def generate(text, question, *, method, max_new_tokens):
+        assert (text[:12], question, max_new_tokens) == ("apple apple ", "Say kiwi.", 4)
+        answer = "kiwi" if isinstance(method, Full) else "apple"
+        return types.SimpleNamespace(text=answer, selection=None, timings={"decode": 0.125})
+
+    model = types.SimpleNamespace(checkpoint=smollm2.checkpoint, method=smollm2.method, generate=generate)
+    monkeypatch.setattr(cli_options, "load_pipeline", lambda _: model)
+    output = tmp_path / "result.json"
+    command_with_third_task.FLAGS(
+        [
+            *("evaluate", "--questions=repeated", "--word=kiwi", "--weight=0.25", "--lengths=120", "--keep=64"),
+            *("--method=full", "--method=default", f"--output={output}"),
+        ]
+    )
+    command_with_third_task.main([])
+    result = json.loads(output.read_text())
+    assert result["task"] == "repeated"
+    assert result["questions"] == {"word": "kiwi", "weight": 0.25, "seed": 7}
+    columns = ["method", "text tokens", "keep", "asked", "said (95 %)", "partial credit"]
+    assert [list(row) for row in result["rows"]] == [columns, columns]
+    assert [list(row.values()) for row in result["rows"]] == [
+        ["full", "120", "all", "1", "1 (.21-1.00)", "1.00"],
+        ["default", "120", "64", "1", "0 (.00-.79)", "0.25"],
+    ]
+    example = {"tokens": 120, "name": "word", "depth": None, "question": "Say kiwi.", "expected": ["kiwi"]}
+    timings = {"seconds": {"decode": 0.12}}
+    assert result["cases"] == [
+        {"method": "full", **example, "answer": "kiwi", "said": True, "partial_credit": 1.0, **timings},
+        {"method": "default", **example, "answer": "apple", "said": False, "partial_credit": 0.25, **timings},
+    ]
+    assert "Repeated words" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--questions=repeated", "--count=3"], "--count means nothing to --questions=repeated"),
+        (["--questions=needles", "--seed=3"], "give --questions=held_out or --questions=repeated as well"),
+        (["--questions=repeated", "--weight=1.5"], "--weight=1.5: expected a number in [0, 1]"),
+        (["--questions=repeated", "--seed=0"], "--seed=0: expected a number of at least 1"),
+    ],
+)
+def test_options_of_a_third_task_are_checked(command_with_third_task, given, said):
+    module = command_with_third_task
+    module.FLAGS(["evaluate", *given])
+    with pytest.raises(UserError, match=re.escape(said)):
+        module._chosen_task()
+
+
+def test_options_of_one_name_share_a_flag(command_with_third_task):
+    module = command_with_third_task
+    assert "Default: 0." in module.FLAGS["seed"].help
+    assert "repeated: Not of held_out. A number of at least 1. Default: 7." in module.FLAGS["seed"].help
+    module.FLAGS(["evaluate", "--questions=held_out", "--seed=0"])
+    assert module._chosen_task().settings["seed"] == 0
