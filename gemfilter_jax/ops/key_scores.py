@@ -1,4 +1,4 @@
-"""The one door to selection scoring: how much the observation rows attend to each key, without a [H, W, S] array.
+"""Key scores: how much the observation rows attend to each key, without a [H, W, S] array.
 
 Axes: B batch, S prompt tokens, W observation rows, H query heads, G key/value heads, E head width.
 """
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange, reduce
 
+from gemfilter_jax.ops.dispatch import Dispatcher
 from gemfilter_jax.parallel import collectives
 from gemfilter_jax.parallel.shards import Cut
 
@@ -19,6 +20,7 @@ Implementation = Literal["pallas", "xla"]
 Merge = Callable[[jax.Array], jax.Array]
 """Makes the references [B, ...] of rows, over the keys at hand, those over all keys."""
 
+_DISPATCHER = Dispatcher("key scores", {"pallas": None, "xla": None}, {"tpu": ("pallas", "xla")})
 _ROW_BLOCK = 64  # observation rows at a time where all rows observe
 _BLOCK = 1024  # keys scored at a time: bounds the logits to [B, H, W, block]
 _LARGEST_EXPONENT = 60.0  # e^60 summed over all rows and heads still fits float32
@@ -32,6 +34,7 @@ def score_keys(
     head_weights: jax.Array,
     normalisation: Normalisation,
     window: jax.typing.ArrayLike | None = None,
+    scale: float | None = None,
     cut: Cut | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
@@ -49,6 +52,7 @@ def score_keys(
         "sink": exp(logit - logit of key 0), comparable between segments that share their first tokens, where each
         segment's own softmax is not.
       window: how many keys a row sees, its own included, may be traced; None for all before it. Not for "none".
+      scale: of the inner products; None for E**-0.5. Not for "none".
       cut: how the keys are cut over the mesh's seq axis in the program that this stands in; k is this device's part of
         them, and the scores are those of that part. None if they are whole. Heads may be cut in any case: q, k and
         `head_weights` are then those of this device.
@@ -60,14 +64,18 @@ def score_keys(
       float32 [B, S], or [B, N, S] for N weightings. Keys of padding score too under "none": mask them by length.
 
     Raises:
-      NotImplementedError: `implementation` is "pallas" and cannot serve these shapes; the message says why.
+      UserError: the named implementation does not serve, with the reason.
+      NotImplementedError: keys that are cut are given together with a window.
     """
     with jax.named_scope("scoring"):
         weighted = head_weights.astype(jnp.float32)
+        scaled_by = q.shape[-1] ** -0.5 if scale is None else scale
         if cut is not None and cut.parts > 1 and normalisation != "none":
-            scores = _scores_of_part(q, rows, k, weighted, normalisation == "sink", window, cut, implementation)
+            scores = _scores_of_part(
+                q, rows, k, weighted, normalisation == "sink", window, scaled_by, cut, implementation
+            )
         else:
-            scores = _scores(q, rows, k, weighted, normalisation, window, implementation)
+            scores = _scores(q, rows, k, weighted, normalisation, window, scaled_by, implementation)
         return collectives.psum(scores, "model")
 
 
@@ -78,6 +86,7 @@ def _scores(
     head_weights: jax.Array,
     normalisation: Normalisation,
     window: jax.typing.ArrayLike | None,
+    scale: float,
     implementation: Implementation | None,
     merge: Merge | None = None,
 ) -> jax.Array:
@@ -87,23 +96,23 @@ def _scores(
         counted = rearrange(counted, "b (g r) e -> b g r e", g=groups)
         summed = jnp.einsum("bgre,...gr->b...ge", counted, _by_group(head_weights, groups), precision="highest")
         return jnp.einsum("b...ge,bsge->b...s", summed, k, precision="highest", preferred_element_type=jnp.float32)
-    from_sink = normalisation == "sink"
-    if implementation == "pallas" or (implementation is None and _may_run_kernels()):
-        try:
-            return _kernels().masses(
-                q,
-                rows,
-                k,
-                head_weights,
-                from_sink=from_sink,
-                window=window,
-                largest_exponent=_LARGEST_EXPONENT,
-                merge=merge,
-            )
-        except NotImplementedError:
-            if implementation is not None:
-                raise
-    return _masses(q, rows, k, head_weights, from_sink=from_sink, window=window, merge=merge)
+
+    def serve(name: str) -> jax.Array:
+        if name == "pallas" and implementation is None:
+            _refuse_what_xla_would_partition()
+        return (_masses if name == "xla" else _kernels().masses)(
+            q,
+            rows,
+            k,
+            head_weights,
+            from_sink=normalisation == "sink",
+            window=window,
+            scale=scale,
+            largest_exponent=_LARGEST_EXPONENT,
+            merge=merge,
+        )
+
+    return _DISPATCHER.first_that_serves(serve, implementation)
 
 
 def _scores_of_part(
@@ -113,6 +122,7 @@ def _scores_of_part(
     head_weights: jax.Array,
     from_sink: bool,
     window: jax.typing.ArrayLike | None,
+    scale: float,
     cut: Cut,
     implementation: Implementation | None,
 ) -> jax.Array:
@@ -142,6 +152,7 @@ def _scores_of_part(
         head_weights,
         "sink" if from_sink else "softmax",
         None,
+        scale,
         implementation,
         merge,
     )
@@ -156,6 +167,7 @@ def score_keys_by_all_rows(
     head_weights: jax.Array,
     normalisation: Normalisation,
     window: jax.typing.ArrayLike | None = None,
+    scale: float | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """`score_keys` with every row of right-padded prompts as an observation row, as H2O scores (arXiv 2306.14048).
@@ -180,6 +192,7 @@ def score_keys_by_all_rows(
             head_weights=head_weights,
             normalisation=normalisation,
             window=window,
+            scale=scale,
             implementation=implementation,
         )
 
@@ -198,9 +211,9 @@ def _kernels() -> ModuleType:
     return tpu
 
 
-def _may_run_kernels() -> bool:
-    alone = jax.device_count() == 1 or bool(jax.sharding.get_abstract_mesh().manual_axes)
-    return collectives.platform() == "tpu" and alone
+def _refuse_what_xla_would_partition() -> None:
+    if jax.device_count() > 1 and not jax.sharding.get_abstract_mesh().manual_axes:
+        raise NotImplementedError(f"XLA cannot partition a kernel over this process's {jax.device_count()} devices")
 
 
 def _masses(
@@ -211,13 +224,15 @@ def _masses(
     *,
     from_sink: bool,
     window: jax.typing.ArrayLike | None,
+    scale: float,
+    largest_exponent: float,
     merge: Merge | None,
 ) -> jax.Array:
     length, groups = k.shape[1], k.shape[2]
     block = min(_BLOCK, length)
     key_blocks = jnp.pad(k, ((0, 0), (0, -length % block), (0, 0), (0, 0)))
     key_blocks = rearrange(key_blocks, "b (n s) g e -> n b g s e", s=block)
-    queries = rearrange(q.astype(jnp.float32) * q.shape[-1] ** -0.5, "b w (g r) e -> b g r w e", g=groups)
+    queries = rearrange(q.astype(jnp.float32) * scale, "b w (g r) e -> b g r w e", g=groups)
 
     def logits(index, keys):
         products = jnp.einsum("bgrwe,bgse->bgrws", queries, keys.astype(jnp.float32), precision="highest")
@@ -238,7 +253,7 @@ def _masses(
 
     def mass(numbered_block):
         relative = logits(*numbered_block) - jnp.where(jnp.isfinite(reference), reference, 0.0)[..., None]
-        return jnp.einsum("bgrws,...gr->b...s", jnp.exp(jnp.minimum(relative, _LARGEST_EXPONENT)), weights)
+        return jnp.einsum("bgrws,...gr->b...s", jnp.exp(jnp.minimum(relative, largest_exponent)), weights)
 
     return rearrange(jax.lax.map(mass, numbered), "n b ... s -> b ... (n s)")[..., :length]
 

@@ -1,7 +1,7 @@
 """Selection scores on NVIDIA Hopper (Mosaic GPU): keys stream through shared memory, and no [H, W, S] array is made.
 
-Axes as in `scoring`; R = H / G query heads a key head; M is R * W, padded to whole chunks of 64 rows. A thread block
-keeps the rows of one key head, and asynchronous copies bring its span of the keys in blocks of 64. Products are
+Axes as in `ops.key_scores`; R = H / G query heads a key head; M is R * W, padded to whole chunks of 64 rows. A thread
+block keeps the rows of one key head, and asynchronous copies bring its span of the keys in blocks of 64. Products are
 `wgmma`, which Blackwell does not have. The kernels compile for an H100 and are right in Mosaic GPU's interpreter, but
 have not run on a GPU yet.
 """
@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from gemfilter_jax.parallel import collectives
 
 _ROWS = _BLOCK = 64  # rows and keys of a product: what `wgmma` multiplies at a time
 _MOST_BUFFERS = 4  # blocks of keys under way or at work
@@ -31,10 +33,11 @@ def masses(
     *,
     from_sink: bool,
     window: jax.typing.ArrayLike | None,
+    scale: float,
     largest_exponent: float,
     merge: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
-    """exp(logit - reference) of every key, summed over rows and weighted heads; arguments as in `scoring.score_keys`.
+    """exp(logit - reference) of every key, summed over rows and weighted heads; arguments as in `ops.key_scores`.
 
     The reference is a row's log-sum-exp over the keys it sees, or its logit with key 0 (`from_sink`).
 
@@ -59,14 +62,15 @@ def masses(
     if from_sink:
         sink = k[:, 0].astype(jnp.float32)
         logits = jnp.einsum("bgme,bge->bgm", queries.astype(jnp.float32), sink, precision="highest")
-        reference = logits * q.shape[-1] ** -0.5
+        reference = logits * scale
     else:
         of_spans = (len(k), _spans(k), *queries.shape[1:3])
-        reference = jax.nn.logsumexp(_call(_log_sum_exp, of_spans, blocks, k, queries, seen), axis=1)
+        kernel = functools.partial(_log_sum_exp, scale=scale)
+        reference = jax.nn.logsumexp(_call(kernel, of_spans, blocks, k, queries, seen), axis=1)
     reference = reference if merge is None else merge(reference)
     to_sum = jnp.concatenate([reference[:, :, None], _padded(row_weights)], axis=2)
     of_groups = (len(k), groups, len(weights), pl.cdiv(length, _BLOCK) * _BLOCK)
-    kernel = functools.partial(_masses, largest_exponent=largest_exponent)
+    kernel = functools.partial(_masses, scale=scale, largest_exponent=largest_exponent)
     scores = _call(kernel, of_groups, blocks, k, queries, seen, to_sum).sum(axis=1)[..., :length]
     block = jnp.arange(length) // _BLOCK
     written = (block >= blocks[:, :1]) & (block <= blocks[:, 1:])
@@ -77,8 +81,9 @@ def masses(
 def _refuse_what_cannot_be_served(q: jax.Array, k: jax.Array, weightings: int) -> None:
     if q.dtype != k.dtype or k.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"queries {q.dtype} and keys {k.dtype}; both must be bfloat16 or both float16")
-    if jax.default_backend() == "gpu" and not jax.devices()[0].compute_capability.startswith("9."):
-        raise NotImplementedError(f"compute capability {jax.devices()[0].compute_capability}; the kernels need 9.0")
+    capability = collectives.compute_capability()
+    if capability is not None and not capability.startswith("9."):
+        raise NotImplementedError(f"compute capability {capability}; the kernels need 9.0")
     width = k.shape[-1]
     if width % 16:
         raise NotImplementedError(f"heads of {width}; their width must be a multiple of 16")
@@ -206,14 +211,14 @@ def _chunks(q_ref):
     return [q_ref.at[pl.ds(start, _ROWS)] for start in range(0, q_ref.shape[0], _ROWS)]
 
 
-def _log_sum_exp(over_blocks, out_ref, q_ref, seen_ref):
+def _log_sum_exp(over_blocks, out_ref, q_ref, seen_ref, *, scale):
     chunks = _chunks(q_ref)
 
     def add(block, keys_ref, carry):
         return tuple(add_to_chunk(block, keys_ref, chunk, *so_far) for chunk, so_far in enumerate(carry))
 
     def add_to_chunk(block, keys_ref, chunk, old, total):
-        logits = _product(chunks[chunk], keys_ref) * q_ref.shape[1] ** -0.5
+        logits = _product(chunks[chunk], keys_ref) * scale
         logits = jnp.where(_seen(seen_ref, chunk, block, rows_axis=0), logits, _MASKED)
         peak = jnp.maximum(old, logits.max(axis=1))
         return peak, total * jnp.exp(old - peak) + jnp.exp(logits - _wide(peak, 0)).sum(axis=1)
@@ -226,13 +231,13 @@ def _log_sum_exp(over_blocks, out_ref, q_ref, seen_ref):
         out_ref[(*_place(), pl.ds(chunk * _ROWS, _ROWS))] = peak + jnp.log(total)
 
 
-def _masses(over_blocks, out_ref, q_ref, seen_ref, to_sum_ref, scores_ref, *, largest_exponent):
+def _masses(over_blocks, out_ref, q_ref, seen_ref, to_sum_ref, scores_ref, *, scale, largest_exponent):
     b, _, g = _place()
 
     def score(block, keys_ref):
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         for chunk, queries_ref in enumerate(_chunks(q_ref)):
-            logits = _product(keys_ref, queries_ref) * q_ref.shape[1] ** -0.5
+            logits = _product(keys_ref, queries_ref) * scale
             relative = logits - _wide(_load(to_sum_ref.at[0, chunk], 1), 1)
             mass = jnp.exp(jnp.minimum(relative, largest_exponent))
             mass = jnp.where(_seen(seen_ref, chunk, block, rows_axis=1), mass, 0.0)

@@ -1,7 +1,8 @@
 """Selection scores on TPU (Mosaic): keys pass through fast memory in blocks, and no [H, W, S] array is made in HBM.
 
-Axes as in `scoring`; R = H / G query heads a key head. W is padded to whole sublanes. Keys are read as [G, E, block]:
-XLA keeps what rotary writes with the sequence last, so that no copy is made, and any E is a whole axis to Mosaic.
+Axes as in `ops.key_scores`; R = H / G query heads a key head. W is padded to whole sublanes. Keys are read as [G, E,
+block]: XLA keeps what rotary writes with the sequence last, so that no copy is made, and any E is a whole axis to
+Mosaic.
 """
 
 import functools
@@ -29,10 +30,11 @@ def masses(
     *,
     from_sink: bool,
     window: jax.typing.ArrayLike | None,
+    scale: float,
     largest_exponent: float,
     merge: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
-    """exp(logit - reference) of every key, summed over rows and weighted heads; arguments as in `scoring.score_keys`.
+    """exp(logit - reference) of every key, summed over rows and weighted heads; arguments as in `ops.key_scores`.
 
     The reference is a row's log-sum-exp over the keys it sees, or over key 0 alone (`from_sink`).
 
@@ -58,9 +60,9 @@ def masses(
     seen = repeat(jnp.stack([first, rows], axis=-1), "b w two -> b (r w) two", r=repeats)
     blocks = jnp.maximum(jnp.stack([first.min(axis=1), rows.max(axis=1)], axis=1), 0) // block
     to_reference = (jnp.zeros_like(blocks), jnp.zeros_like(seen)) if from_sink else (blocks, seen)
-    reference = _call(_log_sum_exp, *to_reference, queries, keys, block=block)
+    reference = _call(functools.partial(_log_sum_exp, scale=scale), *to_reference, queries, keys, block=block)
     reference = reference if merge is None else merge(reference)
-    kernel = functools.partial(_masses, largest_exponent=largest_exponent)
+    kernel = functools.partial(_masses, scale=scale, largest_exponent=largest_exponent)
     scores = _call(kernel, blocks, seen, queries, keys, reference, weights, block=block)
     return scores if head_weights.ndim == 2 else scores[:, 0]
 
@@ -124,12 +126,12 @@ def _call(kernel, blocks, seen, queries, keys, reference=None, weights=None, *, 
     )(blocks, *operands)
 
 
-def _logits(seen_ref, q_ref, k_ref, group):
+def _logits(seen_ref, q_ref, k_ref, group, scale):
     """Of one group: float32 [R * W, block], and whether a row sees a key, bool."""
     queries, keys = q_ref[group], k_ref[group]
     products = jax.lax.dot(queries, keys, precision=precision_of(keys), preferred_element_type=jnp.float32)
     position = pl.program_id(1) * keys.shape[1] + jax.lax.broadcasted_iota(jnp.int32, products.shape, 1)
-    return products * len(keys) ** -0.5, (position >= seen_ref[:, :1]) & (position <= seen_ref[:, 1:])
+    return products * scale, (position >= seen_ref[:, :1]) & (position <= seen_ref[:, 1:])
 
 
 def _any_row_sees(blocks_ref):
@@ -137,7 +139,7 @@ def _any_row_sees(blocks_ref):
     return (i >= blocks_ref[b, 0]) & (i <= blocks_ref[b, 1])
 
 
-def _log_sum_exp(blocks_ref, seen_ref, q_ref, k_ref, out_ref, peak_ref, total_ref):
+def _log_sum_exp(blocks_ref, seen_ref, q_ref, k_ref, out_ref, peak_ref, total_ref, *, scale):
     @pl.when(pl.program_id(1) == 0)
     def _():
         peak_ref[...] = jnp.full_like(peak_ref, _MASKED)
@@ -146,7 +148,7 @@ def _log_sum_exp(blocks_ref, seen_ref, q_ref, k_ref, out_ref, peak_ref, total_re
     @pl.when(_any_row_sees(blocks_ref))
     def _():
         for group in range(len(q_ref)):
-            logits, seen = _logits(seen_ref, q_ref, k_ref, group)
+            logits, seen = _logits(seen_ref, q_ref, k_ref, group, scale)
             logits = jnp.where(seen, logits, _MASKED)
             old = peak_ref[group]
             peak = jnp.maximum(old, logits.max(axis=1, keepdims=True))
@@ -159,7 +161,9 @@ def _log_sum_exp(blocks_ref, seen_ref, q_ref, k_ref, out_ref, peak_ref, total_re
         out_ref[...] = peak_ref[...] + jnp.log(total_ref[...])
 
 
-def _masses(blocks_ref, seen_ref, q_ref, k_ref, reference_ref, weights_ref, out_ref, of_heads_ref, *, largest_exponent):
+def _masses(
+    blocks_ref, seen_ref, q_ref, k_ref, reference_ref, weights_ref, out_ref, of_heads_ref, *, scale, largest_exponent
+):
     reads = _any_row_sees(blocks_ref)
 
     @pl.when(reads)
@@ -167,7 +171,7 @@ def _masses(blocks_ref, seen_ref, q_ref, k_ref, reference_ref, weights_ref, out_
         groups, rows, _ = q_ref.shape
         repeats = len(of_heads_ref) // groups
         for group in range(groups):
-            logits, seen = _logits(seen_ref, q_ref, k_ref, group)
+            logits, seen = _logits(seen_ref, q_ref, k_ref, group, scale)
             relative = jnp.minimum(logits - reference_ref[group], largest_exponent)
             mass = jnp.where(seen, jnp.exp(relative), 0.0).reshape(repeats, rows // repeats, -1)
             of_heads_ref[group * repeats : (group + 1) * repeats] = mass.sum(axis=1)

@@ -25,35 +25,51 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def compute_capability() -> str | None:
+    """Such as "9.0", of the NVIDIA GPU on which the program that is being traced will run, as `platform` has it.
+
+    None where this process has no device of that kind to ask: other devices, and GPUs of another machine.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None:
+        return getattr(jax.devices()[0], "compute_capability", None)
+    try:
+        present = jax.devices(device.platform)
+    except RuntimeError:  # this process does not have the platform
+        return None
+    alike = (one for one in present if one.device_kind == device.device_kind)
+    return getattr(next(alike, None), "compute_capability", None)
+
+
 def axis_size(axis: str) -> int:
-    """Into how many parts the program that is being traced cuts a mesh axis."""
+    """Size of a mesh axis in the program that is being traced; 1 where the program does not shard along it."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.shape[axis] if axis in mesh.manual_axes else 1
 
 
 def axis_index(axis: str) -> jax.Array | int:
-    """Which of them this device has."""
+    """This device's index along a mesh axis."""
     return jax.lax.axis_index(axis) if axis_size(axis) > 1 else 0
 
 
 def own_shard(x: jax.Array, axis: str, dimension: int) -> jax.Array:
-    """This device's part of what all have whole."""
+    """This device's shard of an array that all devices have whole."""
     size = x.shape[dimension] // axis_size(axis)
     return jax.lax.dynamic_slice_in_dim(x, axis_index(axis) * size, size, dimension) if axis_size(axis) > 1 else x
 
 
 def psum(x: jax.Array, axis: str) -> jax.Array:
-    """The sum over all parts."""
+    """The sum over a mesh axis."""
     return jax.lax.psum(x, axis) if axis_size(axis) > 1 else x
 
 
 def pmax(x: jax.Array, axis: str) -> jax.Array:
-    """The largest over all parts."""
+    """The largest value along a mesh axis."""
     return jax.lax.pmax(x, axis) if axis_size(axis) > 1 else x
 
 
 def all_gather(x: jax.Array, axis: str, dimension: int) -> jax.Array:
-    """All parts one after another."""
+    """All shards along a mesh axis, concatenated."""
     return jax.lax.all_gather(x, axis, axis=dimension, tiled=True) if axis_size(axis) > 1 else x
 
 

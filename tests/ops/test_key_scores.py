@@ -10,6 +10,8 @@ import pytest
 from float64_scores import inputs, reference
 from jax.experimental.pallas import tpu as pltpu
 
+from gemfilter_jax.errors import UserError
+from gemfilter_jax.ops import dispatch
 from gemfilter_jax.ops.key_scores import score_keys, score_keys_by_all_rows
 
 _NORMALISATIONS = ("none", "softmax", "sink")
@@ -30,48 +32,6 @@ def _simulated(implementation: str) -> contextlib.AbstractContextManager:
 
 def _assert_close(scores: jax.Array, want: np.ndarray, error: float):
     assert np.abs(np.asarray(scores) - want).max() / np.abs(want).max() < error
-
-
-@pytest.mark.parametrize("normalisation", _NORMALISATIONS)
-@pytest.mark.parametrize("implementation", _IMPLEMENTATIONS)
-@pytest.mark.parametrize(
-    ("lengths", "observed", "heads", "groups", "window", "options"),
-    [
-        pytest.param((40, 17), 1, 4, 2, None, {}, id="the last row alone"),
-        pytest.param((40, 33, 20, 1), 32, 4, 2, None, {}, id="prompts shorter than the window"),
-        pytest.param((1,), 1, 4, 2, None, {}, id="one key"),
-        pytest.param((1500, 1024, 1025), 32, 4, 2, None, {}, id="several blocks of keys, the last one short"),
-        pytest.param((100,), 8, 4, 1, None, {}, id="one key head"),
-        pytest.param((100,), 8, 3, 3, None, {"width": 96}, id="a key head for each query head"),
-        pytest.param((2100, 30), 8, 4, 2, 20, {}, id="a sliding window within a block"),
-        pytest.param((2100, 1030), 8, 4, 2, 1040, {}, id="a sliding window over a block's edge"),
-        pytest.param((1100, 90), 32, 4, 2, None, {"dtype": jnp.bfloat16, "width": 64}, id="bfloat16"),
-    ],
-)
-def test_scores_equal_the_reference(lengths, observed, heads, groups, window, options, implementation, normalisation):
-    q, rows, k, weights = inputs(lengths, observed, heads, groups, **options)
-    with _simulated(implementation):
-        scores = _score(
-            q, rows, k, head_weights=weights, normalisation=normalisation, window=window, implementation=implementation
-        )
-        scores.block_until_ready()
-    for row in range(len(lengths)):
-        want = reference(q[row], rows[row], k[row], weights, normalisation, window)
-        _assert_close(scores[row], want, 1e-2 if k.dtype == jnp.bfloat16 else 1e-5)
-
-
-@pytest.mark.parametrize("implementation", _IMPLEMENTATIONS)
-@pytest.mark.parametrize("normalisation", _NORMALISATIONS)
-def test_weightings_give_the_scores_of_each_head_and_each_key_head(normalisation, implementation):
-    q, rows, k, _ = inputs((60,), 8, 6, 2)
-    weights = np.concatenate([np.eye(6), np.repeat(np.eye(2), 3, axis=1)])
-    with _simulated(implementation):
-        scores = _score(
-            q, rows, k, head_weights=weights, normalisation=normalisation, implementation=implementation
-        ).block_until_ready()
-    assert scores.shape == (1, 8, 60)
-    for weighting, want in zip(scores[0], reference(q[0], rows[0], k[0], weights, normalisation), strict=True):
-        _assert_close(weighting, want, 1e-5)
 
 
 @pytest.mark.parametrize("implementation", _IMPLEMENTATIONS)
@@ -114,17 +74,34 @@ def test_all_rows_in_blocks_equal_all_rows_at_once(normalisation, window, implem
 
 def test_what_the_kernel_cannot_serve_is_refused_with_the_reason():
     q, rows, k, weights = inputs((2000,), 2000, 32, 8)
-    with pytest.raises(NotImplementedError, match="64000 rows and 8 x 16 keys leave no room in VMEM"):
+    with pytest.raises(UserError, match="pallas: 64000 rows and 8 x 16 keys leave no room in VMEM"):
         _score(q, rows, k, head_weights=weights, normalisation="softmax", implementation="pallas")
-    with pytest.raises(NotImplementedError, match="queries float32 and keys float16"):
+    with pytest.raises(UserError, match="pallas: queries float32 and keys float16"):
         _score(q, rows, k.astype(np.float16), head_weights=weights, normalisation="softmax", implementation="pallas")
 
 
-def test_the_door_takes_xla_for_what_the_kernel_cannot_serve(monkeypatch):
-    monkeypatch.setattr("gemfilter_jax.ops.key_scores._may_run_kernels", lambda: True)
+def test_xla_scores_what_the_kernel_cannot_serve(monkeypatch, caplog):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    dispatch.log_once.cache_clear()
     q, rows, k, weights = inputs((40,), 4, 4, 2)
-    scores = score_keys(q, rows, k.astype(np.float16), head_weights=weights, normalisation="softmax")
+    with caplog.at_level("DEBUG", logger="absl"):
+        scores = score_keys(q, rows, k.astype(np.float16), head_weights=weights, normalisation="softmax")
     _assert_close(scores[0], reference(q[0], rows[0], k[0].astype(np.float16), weights, "softmax"), 1e-5)
+    refused = "queries float32 and keys float16; both must be bfloat16 or both float32"
+    assert caplog.messages == ["key scores: xla", f"key scores: not pallas: {refused}"]
+
+
+def test_xla_scores_where_it_would_have_to_partition_a_kernel(monkeypatch, caplog):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    dispatch.log_once.cache_clear()
+    q, rows, k, weights = inputs((40,), 4, 4, 2)
+    with caplog.at_level("DEBUG", logger="absl"):
+        score_keys(q, rows, k, head_weights=weights, normalisation="softmax")
+    assert caplog.messages == [
+        "key scores: xla",
+        "key scores: not pallas: XLA cannot partition a kernel over this process's 4 devices",
+    ]
 
 
 def test_sink_scores_do_not_depend_on_the_segment():

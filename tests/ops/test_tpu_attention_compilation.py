@@ -33,7 +33,9 @@ def test_it_takes_float32_and_narrow_heads(form):
 def _programs() -> tpu_compiler.Programs:
     def attend(q, k, v, lengths, tails, form):
         pattern = TriShape(tails, first=64, band=512, room=64) if form == "tri_shape" else None
-        return splash.causal(q, k, v, lengths=lengths, window=2047 if form == "windowed" else None, pattern=pattern)
+        window = 2047 if form == "windowed" else None
+        asked = {"positions": None, "scale": q.shape[-1] ** -0.5, "soft_cap": None}
+        return splash.causal(q, k, v, lengths=lengths, window=window, pattern=pattern, **asked)
 
     def programs(name, heads, groups, width, length=LENGTH, dtype="bfloat16"):
         q, k = (jax.ShapeDtypeStruct((1, length, count, width), dtype) for count in (heads, groups))

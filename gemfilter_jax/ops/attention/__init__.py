@@ -1,26 +1,22 @@
-"""The one door to attention. Axes as in `models.decoder`; no implementation behind it makes an S x S array.
+"""Attention. Axes as in `models.transformer`; no implementation makes an S x S array."""
 
-An implementation raises NotImplementedError with the reason where it does not serve; the door then tries the next.
-"""
-
-import functools
 import importlib
 
 import jax
-from absl import logging
 
-from gemfilter_jax.errors import UserError
-from gemfilter_jax.ops.attention import sharded
 from gemfilter_jax.ops.attention.visibility import TriShape
-from gemfilter_jax.ops.attention.xla import one_row, rows
+from gemfilter_jax.ops.attention.xla import one_row, rows, to_cache
+from gemfilter_jax.ops.dispatch import Dispatcher
 from gemfilter_jax.parallel import collectives
 
-__all__ = ["IMPLEMENTATIONS", "TriShape", "causal", "check_runs_here", "one_row", "rows"]
+__all__ = ["IMPLEMENTATIONS", "TriShape", "causal", "check_runs_here", "one_row", "rows", "to_cache"]
 
 IMPLEMENTATIONS = {"xla": None, "splash": "tpu", "cudnn": "gpu"}
 """Implementation, a module of this package -> the only platform that runs it, None for all."""
 
-_ORDER = {"tpu": ("splash", "xla"), "gpu": ("cudnn", "xla")}
+_DISPATCHER = Dispatcher("attention", IMPLEMENTATIONS, {"tpu": ("splash", "xla"), "gpu": ("cudnn", "xla")})
+
+check_runs_here = _DISPATCHER.check_runs_here
 
 
 def causal(
@@ -31,6 +27,9 @@ def causal(
     lengths: jax.Array,
     window: jax.typing.ArrayLike | None = None,
     pattern: TriShape | None = None,
+    positions: jax.Array | None = None,
+    scale: float | None = None,
+    soft_cap: float | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """Causal self-attention of a right-padded prompt.
@@ -39,54 +38,36 @@ def causal(
 
     Args:
       q: [B, S, H, E]. k, v: [B, S, G, E]. lengths: [B].
-      window: how many keys a query sees, its own included, may be traced; None for all before it.
+      window: the sliding window, how many positions a query sees, its own included; may be traced. None for all before
+        it.
       pattern: None for dense attention; a tri_shape sees nothing beyond `window` either.
+      positions: int [B, S], increasing along a row, by whose distance `window` masks; None for 0 to S - 1.
+      scale: of the inner products; None for E**-0.5.
+      soft_cap: logits become soft_cap * tanh(logits / soft_cap) before they are masked; None leaves them as they are.
       implementation: one of `IMPLEMENTATIONS`; None for the first of the platform's that serves. Inside a program that
-        cuts prompts over a mesh's seq axis XLA's serves, whatever the platform.
+        shards prompts over a mesh's seq axis XLA's serves, whatever the platform.
 
     Returns:
       [B, S, H, E] in q's dtype; rows of padding are unspecified but finite.
 
     Raises:
-      UserError: the one that was named, or none at all, serves, with the reason of each.
+      UserError: the named implementation does not serve, or none does, with the reason of each.
     """
-    if collectives.axis_size("seq") > 1:
+    sharded = collectives.axis_size("seq") > 1
+
+    def serve(name: str) -> jax.Array:
+        module = importlib.import_module(f"{__name__}.{'sharded' if sharded else name}")
         with jax.named_scope("attention"):
-            return sharded.causal(q, k, v, lengths=lengths, window=window, pattern=pattern)
-    names = _ORDER.get(collectives.platform(), ("xla",)) if implementation is None else (implementation,)
-    refusals = {}
-    for name in names:
-        try:
-            check_runs_here(name)
-            serve = importlib.import_module(f"{__name__}.{name}").causal
-            with jax.named_scope("attention"):
-                out = serve(q, k, v, lengths=lengths, window=window, pattern=pattern)
-        except NotImplementedError as error:
-            refusals[name] = str(error)
-        else:
-            _tell(name, tuple(refusals.items()))
-            return out
-    reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
-    raise UserError(f"no attention serves: {reasons}")
+            return module.causal(
+                q,
+                k,
+                v,
+                lengths=lengths,
+                window=window,
+                pattern=pattern,
+                positions=positions,
+                scale=q.shape[-1] ** -0.5 if scale is None else scale,
+                soft_cap=soft_cap,
+            )
 
-
-def check_runs_here(implementation: str) -> None:
-    """Whether an implementation runs where the program that is being traced will, or outside of one in this process.
-
-    Raises:
-      NotImplementedError: it does not.
-      UserError: there is no such implementation.
-    """
-    if implementation not in IMPLEMENTATIONS:
-        raise UserError(f"attention {implementation!r} is unknown; one of {', '.join(IMPLEMENTATIONS)}")
-    needed, present = IMPLEMENTATIONS[implementation], collectives.platform()
-    if needed not in (None, present):
-        raise NotImplementedError(f"runs on {needed}, and this process has {present}")
-
-
-@functools.cache
-def _tell(chosen: str, refusals: tuple[tuple[str, str], ...]) -> None:
-    """Log a decision, the first time that it is made."""
-    logging.info("attention: %s", chosen)
-    for name, reason in refusals:
-        logging.debug("attention: not %s: %s", name, reason)
+    return _DISPATCHER.first_that_serves(serve, "xla" if sharded else implementation)

@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from gemfilter_jax.ops.attention.visibility import TriShape, static_window
+from gemfilter_jax.ops.attention.visibility import TriShape, refuse_positions, static_window
+from gemfilter_jax.parallel import collectives
 
 
 def causal(
@@ -14,21 +15,28 @@ def causal(
     lengths: jax.Array,
     window: jax.typing.ArrayLike | None,
     pattern: TriShape | None,
+    positions: jax.Array | None,
+    scale: float,
+    soft_cap: float | None,
 ) -> jax.Array:
     """`attention.causal` in one call; zeros for rows of padding.
 
     Raises:
-      NotImplementedError: a tri_shape, a traced window, a dtype, a head width or a device that cuDNN does not take, or
-        no cuDNN.
+      NotImplementedError: a tri_shape, a soft cap, a traced window, a window of positions, a dtype, a head width or a
+        device that cuDNN does not take, or no cuDNN.
     """
     if pattern is not None:
         raise NotImplementedError(f"gives its log-sum-exp in {q.dtype}, too coarse to merge a tri_shape's parts by")
+    if soft_cap is not None:
+        raise NotImplementedError("has no soft cap of logits")
+    refuse_positions(positions, window)
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"takes bfloat16 and float16, not {q.dtype}")
     if q.shape[-1] % 8 or q.shape[-1] > 256:
         raise NotImplementedError(f"takes head widths that are multiples of 8 up to 256, not {q.shape[-1]}")
-    capability = getattr(jax.devices()[0], "compute_capability", None)
-    if capability is not None and float(capability) < 8:
+    capability = collectives.compute_capability()
+    major = (capability or "8").partition(".")[0]
+    if not major.isdecimal() or int(major) < 8:
         raise NotImplementedError(f"needs compute capability 8.0, and the device has {capability}")
     lengths = lengths.astype(jnp.int32)
     before = None if window is None else static_window(window, q.shape[1]) - 1
@@ -38,6 +46,7 @@ def causal(
             k,
             v,
             is_causal=True,
+            scale=scale,
             query_seq_lengths=lengths,
             key_value_seq_lengths=lengths,
             local_window_size=None if before is None else (before, 0),

@@ -1,11 +1,11 @@
-"""Attention to prompts that are cut over the mesh's seq axis, in XLA; see `sequence`."""
+"""Attention to prompts that are cut over the mesh's seq axis, in XLA; see `parallel.shards`."""
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 
 from gemfilter_jax.ops.attention import xla
-from gemfilter_jax.ops.attention.visibility import TriShape
+from gemfilter_jax.ops.attention.visibility import TriShape, refuse_positions
 from gemfilter_jax.parallel import collectives, shards
 
 
@@ -17,22 +17,30 @@ def causal(
     lengths: jax.Array,
     window: jax.typing.ArrayLike | None,
     pattern: TriShape | None,
+    positions: jax.Array | None,
+    scale: float,
+    soft_cap: float | None,
 ) -> jax.Array:
     """`attention.causal` of this device's part of q, k and v.
 
     Under dense attention keys and values go round all devices (ring attention, Liu et al. 2023, arXiv 2310.01889).
     Under tri_shape a device receives the band's keys from its neighbours, the first tokens' and the last rows'
     queries: as much whatever S is.
+
+    Raises:
+      NotImplementedError: positions are given together with a window.
     """
+    refuse_positions(positions, window)
     if pattern is None:
-        return _round(q, k, v, lengths, window)
+        return _round(q, k, v, lengths, window, scale, soft_cap)
     cut = shards.cut(mirrored=False)
     first = jnp.arange(min(pattern.first, q.shape[1] * cut.parts))[None].repeat(len(q), axis=0)
     firsts = cut.rows(k, first), cut.rows(v, first)
     near_k, near_v = (_behind_neighbours(x, pattern.band - 1, cut.parts) for x in (k, v))
     start = cut.starts(q.shape[1])[0]
-    out = xla.banded(q, near_k, near_v, firsts, lengths=lengths, window=window, pattern=pattern, start=start)
-    return xla.with_tails(out, q, k, v, lengths=lengths, window=window, pattern=pattern)
+    asked = {"lengths": lengths, "window": window, "pattern": pattern, "scale": scale, "soft_cap": soft_cap}
+    out = xla.banded(q, near_k, near_v, firsts, **asked, start=start)
+    return xla.with_tails(out, q, k, v, **asked)
 
 
 def _behind_neighbours(x: jax.Array, count: int, parts: int) -> jax.Array:
@@ -47,7 +55,13 @@ def _behind_neighbours(x: jax.Array, count: int, parts: int) -> jax.Array:
 
 
 def _round(
-    q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array, window: jax.typing.ArrayLike | None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lengths: jax.Array,
+    window: jax.typing.ArrayLike | None,
+    scale: float,
+    soft_cap: float | None,
 ) -> jax.Array:
     cut, part, length = shards.cut(mirrored=True), collectives.axis_index("seq"), q.shape[1]
     block, groups = cut.block(length), k.shape[2]
@@ -74,7 +88,7 @@ def _round(
                     rearrange(jax.lax.dynamic_slice_in_dim(x, j * block, block, axis=1), "b s g e -> b g s e")
                     for x in (keys, values)
                 )
-                return xla.accumulated(queries, kj, vj, seen, sums)
+                return xla.accumulated(queries, kj, vj, seen, sums, soft_cap)
 
             def see_if_visible(j, sums):
                 visible = (key_starts[j] <= start) & (start < longest)
@@ -92,8 +106,7 @@ def _round(
         keys, values = (jax.lax.ppermute(x, "seq", onward) for x in (keys, values))
         return keys, values, visited(sums, keys, values, (part - distance) % cut.parts)
 
-    scaled = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
-    blocks = rearrange(scaled, "b (n s) (g r) e -> n b g (r s) e", s=block, g=groups)
+    blocks = rearrange(xla.scaled(q, scale), "b (n s) (g r) e -> n b g (r s) e", s=block, g=groups)
     sums = visited(jax.vmap(xla.nothing)(blocks), k, v, part)
     _, _, (acc, peak, mass) = jax.lax.fori_loop(1, cut.parts, step, (k, v, sums))
     seen = (acc, peak, jnp.where(mass == 0, 1, mass))  # rows of padding may have seen no block

@@ -11,7 +11,7 @@ from einops import rearrange
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask_info
 
 from gemfilter_jax.ops.attention import xla
-from gemfilter_jax.ops.attention.visibility import TriShape, static_window
+from gemfilter_jax.ops.attention.visibility import TriShape, refuse_positions, static_window
 
 _LANES = 128  # blocks are multiples of it
 _BLOCK = 512
@@ -55,6 +55,9 @@ def causal(
     lengths: jax.Array,
     window: jax.typing.ArrayLike | None,
     pattern: TriShape | None,
+    positions: jax.Array | None,
+    scale: float,
+    soft_cap: float | None,
     interpret: bool = False,
 ) -> jax.Array:
     """`attention.causal` by one kernel, which visits the blocks that hold something visible and masks within them.
@@ -65,26 +68,29 @@ def causal(
       interpret: run the kernel step by step in XLA, on any platform.
 
     Raises:
-      NotImplementedError: a traced window, an unknown dtype, or too many blocks for scalar memory.
+      NotImplementedError: a traced window, a window of positions, an unknown dtype, or too many blocks for scalar
+        memory.
     """
     if q.dtype not in (jnp.bfloat16, jnp.float32):
         raise NotImplementedError(f"takes bfloat16 and float32, not {q.dtype}")
+    refuse_positions(positions, window)
     length = q.shape[1]
     far = static_window(window, length)
     near, first = (far, 0) if pattern is None else (min(pattern.band, far), min(pattern.first, length))
     block = min(_BLOCK, -(-length // _LANES) * _LANES)
     q_blocks, k_blocks, v_blocks = (rearrange(xla.padded(x, block), "b s h e -> b h s e") for x in (q, k, v))
-    q_blocks *= jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
-    kernel = _kernel(_Visible(near, far, first), q_blocks.shape[2] // block, block, jnp.max(lengths), interpret)
+    q_blocks = xla.scaled(q_blocks, scale)
+    visible, count = _Visible(near, far, first), q_blocks.shape[2] // block
+    kernel = _kernel(visible, count, block, jnp.max(lengths), soft_cap, interpret)
     with jax.default_matmul_precision("highest" if q.dtype == jnp.float32 else "default"):
         out = rearrange(jax.vmap(kernel)(q_blocks, k_blocks, v_blocks), "b h s e -> b s h e")[:, :length]
     if pattern is None:
         return out
-    return xla.with_tails(out, q, k, v, lengths=lengths, window=window, pattern=pattern)
+    return xla.with_tails(out, q, k, v, lengths=lengths, window=window, pattern=pattern, scale=scale, soft_cap=soft_cap)
 
 
 def _kernel(
-    visible: _Visible, count: int, block: int, longest: jax.Array, interpret: bool
+    visible: _Visible, count: int, block: int, longest: jax.Array, soft_cap: float | None, interpret: bool
 ) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
     """The kernel of one prompt: q [H, S, E], k, v [G, S, E] -> [H, S, E].
 
@@ -115,7 +121,7 @@ def _kernel(
         is_mqa=False,
         save_residuals=False,
         mask_value=splash_attention_kernel.DEFAULT_MASK_VALUE,
-        attn_logits_soft_cap=None,
+        attn_logits_soft_cap=soft_cap,
         residual_checkpoint_name=None,
         mask_function=visible,
         interpret=interpret,

@@ -26,6 +26,16 @@ class TriShape:
     room: int
 
 
+def refuse_positions(positions: jax.Array | None, window: jax.typing.ArrayLike | None) -> None:
+    """Refuse what only a mask by positions can serve.
+
+    Raises:
+      NotImplementedError: positions are given together with a window.
+    """
+    if positions is not None and window is not None:
+        raise NotImplementedError("masks a sliding window by slots, and positions are given")
+
+
 def static_window(window: jax.typing.ArrayLike | None, length: int) -> int:
     """How many keys a query sees of a prompt of `length`, as a number that a kernel can be compiled for.
 

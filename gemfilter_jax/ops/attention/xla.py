@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from gemfilter_jax.ops.attention.visibility import TriShape
+from gemfilter_jax.ops.attention.visibility import TriShape, refuse_positions
 from gemfilter_jax.ops.precision import precision_of
 from gemfilter_jax.parallel import collectives, shards
 
@@ -24,20 +24,37 @@ def causal(
     lengths: jax.Array,
     window: jax.typing.ArrayLike | None,
     pattern: TriShape | None,
+    positions: jax.Array | None,
+    scale: float,
+    soft_cap: float | None,
 ) -> jax.Array:
     """`attention.causal` with an online softmax over blocks of keys (Dao et al. 2022).
 
     Blocks above the diagonal or outside what every row of a block sees, and query blocks that hold only padding, are
     skipped.
+
+    Raises:
+      NotImplementedError: positions are given together with a window and a tri_shape.
     """
     if pattern is not None:
+        refuse_positions(positions, window)
         firsts = k[:, : pattern.first], v[:, : pattern.first]
-        out = banded(q, k, v, firsts, lengths=lengths, window=window, pattern=pattern)
-        return with_tails(out, q, k, v, lengths=lengths, window=window, pattern=pattern)
+        asked = {"lengths": lengths, "window": window, "pattern": pattern, "scale": scale, "soft_cap": soft_cap}
+        return with_tails(banded(q, k, v, firsts, **asked), q, k, v, **asked)
     length = q.shape[1]
     block = min(_BLOCK, length)
-    q_blocks, k_blocks, v_blocks = (padded(x, block) for x in (q, k, v))
-    return _dense(q_blocks, k_blocks, v_blocks, lengths, block, window)[:, :length]
+    q_blocks, k_blocks, v_blocks = (padded(x, block) for x in (scaled(q, scale), k, v))
+    positions = None if positions is None or window is None else padded(positions, block)
+    return _dense(q_blocks, k_blocks, v_blocks, lengths, block, window, positions, soft_cap)[:, :length]
+
+
+def scaled(q: jax.Array, scale: float) -> jax.Array:
+    """Queries whose inner products with keys are the logits, in q's dtype."""
+    return q * jnp.asarray(scale, q.dtype)
+
+
+def _capped(logits: jax.Array, soft_cap: float | None) -> jax.Array:
+    return logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)
 
 
 def padded(x: jax.Array, block: int) -> jax.Array:
@@ -55,6 +72,8 @@ def with_tails(
     lengths: jax.Array,
     window: jax.typing.ArrayLike | None,
     pattern: TriShape,
+    scale: float,
+    soft_cap: float | None,
 ) -> jax.Array:
     """The result [B, S, H, E] of a tri_shape's first tokens and band, with its last rows computed densely."""
     if pattern.room == 0:
@@ -63,7 +82,7 @@ def with_tails(
     length = q.shape[1]
     room = min(pattern.room, length * cut.parts)
     positions = lengths[:, None] - room + jnp.arange(room)
-    dense = rows(cut.rows(q, positions), positions, k, v, window=window)
+    dense = rows(cut.rows(q, positions), positions, k, v, window=window, scale=scale, soft_cap=soft_cap)
     local, here = cut.local(length, positions)
     in_tail = positions >= jnp.maximum(lengths - pattern.tails, 0)[:, None]
     columns = jnp.where(in_tail & here, local, length)
@@ -71,13 +90,24 @@ def with_tails(
 
 
 def _dense(
-    q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array, block: int, window: jax.typing.ArrayLike | None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lengths: jax.Array,
+    block: int,
+    window: jax.typing.ArrayLike | None,
+    positions: jax.Array | None,
+    soft_cap: float | None,
 ) -> jax.Array:
+    """Attention of scaled queries, of whole blocks; positions lie at least as far apart as their slots."""
     groups, repeats = k.shape[2], q.shape[2] // k.shape[2]
-    scaled = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
-    blocks = rearrange(scaled, "b (n s) (g r) e -> n b g (r s) e", s=block, g=groups)
+    blocks = rearrange(q, "b (n s) (g r) e -> n b g (r s) e", s=block, g=groups)
     k, v = rearrange(k, "b s g e -> b g s e"), rearrange(v, "b s g e -> b g s e")
     ahead = jnp.tile(jnp.arange(block)[:, None] - jnp.arange(block), (repeats, 1))  # of a query to a key in one block
+
+    def between(positions, index, j):
+        own, key = (jax.lax.dynamic_slice_in_dim(positions, i * block, block, axis=1) for i in (index, j))
+        return jnp.tile(own[:, :, None] - key[:, None], (1, repeats, 1))[:, None]
 
     def attend(index, queries):
         def accumulate(j, carry, diagonal=False):
@@ -86,8 +116,8 @@ def _dense(
             distance = ahead + (index - j) * block
             seen = [distance >= 0] if diagonal else []
             if window is not None:
-                seen.append(distance < window)
-            return accumulated(queries, kj, vj, seen, carry)
+                seen.append((distance if positions is None else between(positions, index, j)) < window)
+            return accumulated(queries, kj, vj, seen, carry, soft_cap)
 
         start = 0 if window is None else jnp.maximum(index * block - window + 1, 0) // block
         carry = jax.lax.fori_loop(start, index, accumulate, nothing(queries))
@@ -106,6 +136,8 @@ def banded(
     lengths: jax.Array,
     window: jax.typing.ArrayLike | None,
     pattern: TriShape,
+    scale: float,
+    soft_cap: float | None,
     start: jax.typing.ArrayLike = 0,
 ) -> jax.Array:
     """First tokens and band of a tri_shape: a block's queries see few keys, whose softmax is made in one go.
@@ -122,10 +154,9 @@ def banded(
     first, repeats = firsts[0].shape[1], q.shape[2] // k.shape[2]
     span = min(-(-(pattern.band - 1) // block) * block + block, k.shape[1])
     near = pattern.band if window is None else jnp.minimum(window, pattern.band)
-    scale = jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
 
     def attend(index):
-        queries = jax.lax.dynamic_slice_in_dim(q, index * block, block, axis=1) * scale
+        queries = scaled(jax.lax.dynamic_slice_in_dim(q, index * block, block, axis=1), scale)
         queries = rearrange(queries, "b s (g r) e -> b g (r s) e", r=repeats)
         end = before + (index + 1) * block
         begin = jnp.maximum(end - span, 0)
@@ -142,7 +173,7 @@ def banded(
         bias = jnp.where(jnp.where(jnp.arange(first + span) < first, far, in_band), 0.0, _MASKED)
         precision = precision_of(queries)
         logits = jnp.einsum("bgqe,bgke->bgqk", queries, keys, precision=precision, preferred_element_type=jnp.float32)
-        logits = rearrange(logits, "b g (r s) k -> b g r s k", r=repeats) + bias
+        logits = rearrange(_capped(logits, soft_cap), "b g (r s) k -> b g r s k", r=repeats) + bias
         mass = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
         total = rearrange(mass.sum(axis=-1), "b g r s -> b g (r s) 1")
         mass = rearrange(mass.astype(v.dtype), "b g r s k -> b g (r s) k")
@@ -176,11 +207,14 @@ def nothing(queries: jax.Array) -> Sums:
     return jnp.zeros(queries.shape, jnp.float32), jnp.full(shape, _MASKED), jnp.zeros(shape, jnp.float32)
 
 
-def accumulated(queries: jax.Array, k: jax.Array, v: jax.Array, seen: list[jax.Array], sums: Sums) -> Sums:
+def accumulated(
+    queries: jax.Array, k: jax.Array, v: jax.Array, seen: list[jax.Array], sums: Sums, soft_cap: float | None
+) -> Sums:
     """Add keys and values [B, G, K, E] where all of `seen`, broadcast to [B, G, Q, K], is true."""
     acc, peak, total = sums
     precision = precision_of(queries)
     logits = jnp.einsum("bgqe,bgke->bgqk", queries, k, precision=precision, preferred_element_type=jnp.float32)
+    logits = _capped(logits, soft_cap)
     for visible in seen:
         logits = jnp.where(visible, logits, _MASKED)
     new_peak = jnp.maximum(peak, logits.max(axis=-1))
@@ -207,34 +241,58 @@ def _of_all_parts(sums: Sums) -> Sums:
 
 
 def rows(
-    q: jax.Array, positions: jax.Array, k: jax.Array, v: jax.Array, *, window: jax.typing.ArrayLike | None = None
+    q: jax.Array,
+    positions: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    key_positions: jax.Array | None = None,
+    window: jax.typing.ArrayLike | None = None,
+    scale: float | None = None,
+    soft_cap: float | None = None,
 ) -> jax.Array:
     """Dense causal attention of some rows of a sequence, blockwise over its keys.
 
     Args:
       q: [B, R, H, E]. positions: int [B, R], where the rows stand in the sequence. k, v: [B, S, G, E], this device's
         part of them where sequences are cut, not mirrored.
-      window: how many keys a query sees, its own included, may be traced; None for all before it.
+      key_positions: int [B, S], where the keys stand, -1 where a slot holds nothing; all slots are then visited. None
+        for 0 to S - 1 of the whole sequence.
+      window, scale, soft_cap: as in `attention.causal`.
 
     Returns:
       [B, R, H, E] in q's dtype; rows at negative positions are unspecified but finite.
     """
     with jax.named_scope("attention_rows"):
         groups, repeats = k.shape[2], q.shape[2] // k.shape[2]
-        within = positions - shards.cut(mirrored=False).starts(k.shape[1])
         block = min(_BLOCK, k.shape[1])
+        own = positions
+        if key_positions is None:
+            own = positions - shards.cut(mirrored=False).starts(k.shape[1])
+        else:
+            key_positions = jnp.pad(key_positions, ((0, 0), (0, -k.shape[1] % block)), constant_values=-1)
         k, v = (rearrange(padded(x, block), "b s g e -> b g s e") for x in (k, v))
-        queries = rearrange(q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype), "b s (g r) e -> b g (r s) e", g=groups)
-        own = jnp.tile(within, (1, repeats))[:, None, :, None]
+        queries = scaled(q, q.shape[-1] ** -0.5 if scale is None else scale)
+        queries = rearrange(queries, "b s (g r) e -> b g (r s) e", g=groups)
+        of_queries = jnp.tile(own, (1, repeats))[:, None, :, None]
 
         def accumulate(j, sums):
-            distance = own - (j * block + jnp.arange(block))
-            seen = [distance >= 0] if window is None else [distance >= 0, distance < window]
+            if key_positions is None:
+                distance = of_queries - (j * block + jnp.arange(block))
+                seen = [distance >= 0]
+            else:
+                at = jax.lax.dynamic_slice_in_dim(key_positions, j * block, block, axis=1)[:, None, None]
+                distance = of_queries - at
+                seen = [(distance >= 0) & (at >= 0)]
+            if window is not None:
+                seen.append(distance < window)
             kj = jax.lax.dynamic_slice_in_dim(k, j * block, block, axis=2)
             vj = jax.lax.dynamic_slice_in_dim(v, j * block, block, axis=2)
-            return accumulated(queries, kj, vj, seen, sums)
+            return accumulated(queries, kj, vj, seen, sums, soft_cap)
 
-        blocks = jnp.minimum(jnp.max(within) // block + 1, k.shape[2] // block)
+        blocks = k.shape[2] // block
+        if key_positions is None:
+            blocks = jnp.minimum(jnp.max(own) // block + 1, blocks)
         out = finished(_of_all_parts(jax.lax.fori_loop(0, blocks, accumulate, nothing(queries))), q.dtype)
         return rearrange(out, "b g (r s) e -> b s (g r) e", r=repeats)
 
@@ -242,24 +300,53 @@ def rows(
 def one_row(
     q: jax.Array, k: jax.Array, v: jax.Array, *, lengths: jax.Array, window: jax.typing.ArrayLike | None = None
 ) -> jax.Array:
-    """Attention of one new token per row to a cache.
+    """`to_cache` for a cache whose first `lengths` [B] slots hold positions 0 to lengths - 1, the new token's the last.
 
     Args:
-      q: [B, 1, H, E]. k, v: [B, C, G, E]. lengths: [B], how many of the C are filled, the new token included.
-      window: how many of the last keys the token sees, its own included, may be traced; None for all.
+      q: [B, 1, H, E]. k, v: [B, C, G, E]. window: as in `attention.causal`.
 
     Returns:
       [B, 1, H, E].
     """
+    places = jnp.arange(k.shape[1])
+    key_positions = jnp.where(places < lengths[:, None], places, -1)
+    return to_cache(q, lengths - 1, k, v, key_positions=key_positions, window=window)
+
+
+def to_cache(
+    q: jax.Array,
+    positions: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    key_positions: jax.Array,
+    window: jax.typing.ArrayLike | None = None,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+) -> jax.Array:
+    """Attention of one new token per row to a cache, whose slots may hold any positions in any order.
+
+    Args:
+      q: [B, 1, H, E]. positions: int [B], where the new tokens stand. k, v: [B, C, G, E], those of the new tokens
+        included.
+      key_positions: int [B, C], or [B, G, C] where key heads hold different tokens; -1 where a slot holds nothing.
+      window, scale, soft_cap: as in `attention.causal`.
+
+    Returns:
+      [B, 1, H, E] in q's dtype; rows that see no key are unspecified but finite.
+    """
     with jax.named_scope("attention"):
         precision = precision_of(q)
-        rows = rearrange(q[:, 0] * jnp.asarray(q.shape[-1] ** -0.5, q.dtype), "b (g r) e -> b g r e", g=k.shape[2])
-        logits = jnp.einsum("bgre,bcge->bgrc", rows, k, precision=precision, preferred_element_type=jnp.float32)
-        places = jnp.arange(k.shape[1])
-        visible = places < lengths[:, None]
+        queries = scaled(q[:, 0], q.shape[-1] ** -0.5 if scale is None else scale)
+        queries = rearrange(queries, "b (g r) e -> b g r e", g=k.shape[2])
+        logits = jnp.einsum("bgre,bcge->bgrc", queries, k, precision=precision, preferred_element_type=jnp.float32)
+        key_positions = key_positions[:, None] if key_positions.ndim == 2 else key_positions
+        distance = positions[:, None, None] - key_positions
+        visible = (key_positions >= 0) & (distance >= 0)
         if window is not None:
-            visible &= places >= lengths[:, None] - window
-        weights = jax.nn.softmax(jnp.where(visible[:, None, None], logits, _MASKED), axis=-1)
+            visible &= distance < window
+        masked = jnp.where(visible[:, :, None], _capped(logits, soft_cap), _MASKED)
+        weights = jax.nn.softmax(masked, axis=-1)
         out = jnp.einsum(
             "bgrc,bcge->bgre", weights.astype(v.dtype), v, precision=precision, preferred_element_type=jnp.float32
         )
