@@ -383,6 +383,12 @@ _KEY_SCORES_SHAPES = {
     "scale": KeyScores((100, 20), 8, scale=0.6),
     "each head and each key head": KeyScores((60,), 8, heads=6, each_head=True),
     "bfloat16": KeyScores((300, 90), 32, width=64, dtype=jnp.bfloat16),
+    "bfloat16, one key": KeyScores((1,), 1, dtype=jnp.bfloat16),
+    "bfloat16, the last row alone, one key head": KeyScores((70, 17), 1, groups=1, dtype=jnp.bfloat16),
+    "bfloat16, prompts shorter than the observed rows": KeyScores((150, 33, 20, 1), 32, heads=6, dtype=jnp.bfloat16),
+    "bfloat16, window within a block, heads of 96": KeyScores(
+        (300, 30), 8, heads=3, groups=3, width=96, window=20, dtype=jnp.bfloat16
+    ),
     "bfloat16, window": KeyScores((300, 130), 8, window=80, dtype=jnp.bfloat16),
     "bfloat16, scale": KeyScores((100, 20), 8, scale=0.6, dtype=jnp.bfloat16),
     "float16": KeyScores((100,), 8, heads=2, groups=1, width=128, dtype=np.float16),
