@@ -1,14 +1,18 @@
 """Stage 2 as a program: rows do not disturb each other, streaming is finishing, rows stop where and why they should."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from flax import nnx
 
 from gemfilter_jax.generate import programs
 from gemfilter_jax.generate.sampling import GREEDY, Sampling
 from gemfilter_jax.methods.gemfilter.scoring_pass import pad
+from gemfilter_jax.models.transformer import Decoder
 
 _WIDTH = 32
 _CAPACITY = 16
@@ -19,7 +23,9 @@ _WARM = Sampling(temperature=1.0, top_k=40, top_p=0.95)
 _PROMPTS = [tiny.random_ids(length) for length in (20, 32, 1, 9)]
 
 
-def _begin(rows, *, model=None, positions=_COMPACT, stops=_NO_STOP, sampling=GREEDY, seeds=None, limit=_LIMIT):
+def _begin(
+    rows, *, model=None, positions=_COMPACT, stops=_NO_STOP, sampling=GREEDY, seeds=None, limit=_LIMIT, gaps=False
+):
     ids, lengths = pad(rows, _WIDTH)
     return programs.begin(
         model or tiny.decoder(),
@@ -31,6 +37,7 @@ def _begin(rows, *, model=None, positions=_COMPACT, stops=_NO_STOP, sampling=GRE
         seeds=jnp.asarray(range(len(rows)) if seeds is None else seeds, jnp.uint32),
         limit=jnp.int32(limit),
         capacity=_CAPACITY,
+        gaps=gaps,
     )
 
 
@@ -156,3 +163,14 @@ def test_new_tokens_continue_the_last_position():
     assert state.positions.tolist() == [3 * (len(prompt) - 1) + 1 for prompt in _PROMPTS]
     state = programs.finish(tiny.decoder(), state)
     assert state.positions.tolist() == [3 * (len(prompt) - 1) + _LIMIT for prompt in _PROMPTS]
+
+
+def test_sliding_windows_count_positions_where_tokens_leave_gaps():
+    """Behind a gap wider than the window a prompt is as if it began there, in prefill and in decoding."""
+    config = dataclasses.replace(tiny.CONFIG, sliding_windows=(8, 8, 8, 8))
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    whole = _begin(_PROMPTS[:1], model=model, positions=_COMPACT + 50 * (_COMPACT >= 10), gaps=True)
+    behind = _begin([_PROMPTS[0][10:]], model=model, positions=_COMPACT + 60, gaps=True)
+    values, want = (np.asarray(state.cache.values[-1, 0]) for state in (whole, behind))
+    np.testing.assert_allclose(values[10:20], want[:10], atol=1e-4)
+    assert _tokens(programs.finish(model, whole)) == _tokens(programs.finish(model, behind))
