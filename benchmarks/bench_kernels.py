@@ -196,31 +196,23 @@ def _times_of_best(length: int, keep: int, repeats: int) -> dict[str, Any]:
 def _share_of_filter_pass(source: str, length: int, repeats: int) -> dict[str, Any]:
     """Scoring alone, beside the whole pass of a model's preset that it ends."""
     import gemfilter_jax
-    from gemfilter_jax.generate import programs
     from gemfilter_jax.methods.gemfilter import scoring_pass
 
     model = gemfilter_jax.load(source)
     decoder, method = model.checkpoint.model, model.method()
-    config, tails = decoder.config, np.asarray([method.window], np.int32)
-
-    def filter_pass(decoder, ids, lengths, tails, layer, weights, pattern):
-        return programs.score_prompt(
-            decoder, ids, lengths, tails, layer, weights, window=method.window, normalisation="softmax", pattern=pattern
-        )
-
+    config, window = decoder.config, method.observation_window
+    suffix_lengths = np.asarray([window], np.int32)
     whole = _seconds(
-        filter_pass,
-        scoring_pass.filtering(decoder, method),
+        scoring_pass.score_prompt,
+        decoder,
         jax.random.randint(jax.random.key(0), (1, length), 0, config.vocab),
         jnp.asarray([length], jnp.int32),
-        jnp.asarray(tails),
-        jnp.int32(method.filter_layer),
-        scoring_pass.head_weights(decoder, method),
-        scoring_pass.pattern(method, length, tails),
+        jnp.asarray(suffix_lengths),
+        scoring_pass.ScoringPass.of(method, config.heads, document=length, suffix_lengths=suffix_lengths),
         repeats=repeats,
     )
-    q, k, _ = _qkv(length, (config.heads, config.kv_heads, config.head_width), str(decoder.dtype), rows=method.window)
-    rows = jnp.arange(length - method.window, length)[None]
+    q, k, _ = _qkv(length, (config.heads, config.kv_heads, config.head_width), str(decoder.dtype), rows=window)
+    rows = jnp.arange(length - window, length)[None]
     alone = _seconds(_score("xla", "softmax"), q, rows, k, jnp.ones(config.heads), repeats=repeats)
     return {
         "model": source,

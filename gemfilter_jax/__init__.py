@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from gemfilter_jax.config import ModelConfig as ModelConfig
     from gemfilter_jax.errors import UserError as UserError
     from gemfilter_jax.generate.sampling import Sampling as Sampling
-    from gemfilter_jax.methods.gemfilter.method import Full as Full
+    from gemfilter_jax.methods.full import Full as Full
     from gemfilter_jax.methods.gemfilter.method import GemFilter as GemFilter
     from gemfilter_jax.models.transformer import Decoder as Decoder
     from gemfilter_jax.pipeline import Document as Document
@@ -34,7 +34,7 @@ _HOMES = {
     "Result": "pipeline",
     "KeptText": "pipeline",
     "GemFilter": "methods.gemfilter.method",
-    "Full": "methods.gemfilter.method",
+    "Full": "methods.full",
     "Sampling": "generate.sampling",
     "ModelConfig": "config",
     "Decoder": "models.transformer",

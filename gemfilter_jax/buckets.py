@@ -1,8 +1,8 @@
-"""Static sizes: powers of two and the halves between, so that few programs serve all lengths."""
+"""Static sizes: powers of two and the midpoints between them, so that few programs serve all lengths."""
 
 
 def bucket(size: int, smallest: int = 16) -> int:
-    """The least of smallest, and 2^n or 3 * 2^(n-1) above it, that holds `size`."""
+    """The smallest bucket that holds `size`: `smallest`, or a size 2^n or 3 * 2^(n-1) above it."""
     power = smallest
     while power < size:
         if power * 3 // 2 >= size:

@@ -1,11 +1,11 @@
-"""Compiled programs kept in the user's cache folder, so that only the first run of a size waits for XLA."""
+"""Caches compiled programs in the user's cache folder, so that only the first run of a size waits for XLA."""
 
 import os
 import pathlib
 
 import jax
 
-_LEAST_SECONDS = 0.1  # of compilation; programs that take less are compiled anew
+_LEAST_SECONDS = 0.1  # of compilation; faster programs are not cached
 
 
 def folder() -> pathlib.Path:
@@ -14,7 +14,7 @@ def folder() -> pathlib.Path:
 
 
 def enable() -> None:
-    """Keep compiled programs between processes, unless JAX has been told where to keep them."""
+    """Cache compiled programs across processes, unless JAX already has a cache folder."""
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(folder() / "programs"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", _LEAST_SECONDS)

@@ -1,6 +1,6 @@
-"""ModelConfig: everything about a model that changes its numbers, read from config.json or GGUF metadata.
+"""ModelConfig: all settings of a model that affect its outputs, read from config.json or GGUF metadata.
 
-A field that changes the numbers and is not understood is an error here, never a default.
+An unsupported field that affects the outputs is an error; it is never ignored.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from gemfilter_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Llama3Rope:
-    """Rotary scaling of Llama 3.1 and later: long wavelengths slowed by `factor`, short ones kept, a ramp between."""
+    """Rotary scaling of Llama 3.1 and later: low frequencies divided by `factor`, high ones kept, a ramp between."""
 
     factor: float
     low_freq_factor: float
@@ -38,8 +38,8 @@ class FactorRope:
 class LongRope:
     """Rotary scaling by one of two tables (Phi-3 128K, 3.5 and 4; LongRoPE, arXiv 2402.13753).
 
-    Frequency i is divided by `short_factors[i]` in sequences of up to `original_context` tokens, by `long_factors[i]`
-    in longer ones; cosines and sines are multiplied by `attention_scaling` in both.
+    Frequency i is divided by `short_factors[i]` in sequences of up to `original_context` tokens and by
+    `long_factors[i]` in longer ones. Cosines and sines are always multiplied by `attention_scaling`.
     """
 
     short_factors: tuple[float, ...]
@@ -52,9 +52,9 @@ class LongRope:
 class YarnRope:
     """Rotary scaling of long-context Qwen and Ministral (YaRN, arXiv 2309.00071).
 
-    Frequencies that turn fewer than `beta_slow` times in `original_context` tokens are divided by `factor`, those that
-    turn more than `beta_fast` times are kept, between them lies a ramp, whose ends are whole numbers if `truncate`;
-    cosines and sines are multiplied by `attention_scaling`.
+    Frequencies that turn fewer than `beta_slow` times in `original_context` tokens are divided by `factor`. Those that
+    turn more than `beta_fast` times are kept. Between them lies a ramp, whose ends are rounded to whole numbers if
+    `truncate`. Cosines and sines are multiplied by `attention_scaling`.
     """
 
     factor: float
@@ -65,27 +65,27 @@ class YarnRope:
     truncate: bool = True
 
 
-_MOST = 2**31 - 1  # of what is counted: programs index with int32
-_SMALLEST, _LARGEST = 2.0**-126, 2.0**127  # of what is measured: programs compute in float32
-_MOST_LAYERS = 10_000  # lists are made of them before there are tensors to hold their number against
+_MOST = 2**31 - 1  # largest count: programs index with int32
+_SMALLEST, _LARGEST = 2.0**-126, 2.0**127  # range of real numbers: programs compute in float32
+_MOST_LAYERS = 10_000  # lists of layers are built before the tensors can confirm their number
 
 RopeScaling = Llama3Rope | LinearRope | FactorRope | LongRope | YarnRope
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder's shape and numerics. Hashable, so that it can be a static argument of a compiled program.
+    """A decoder's shape and numerical settings. Hashable, so that it can be a static argument of a compiled program.
 
     Attributes:
       family: architecture name as Hugging Face's `model_type` spells it.
       layers: L. width: D. heads: H. kv_heads: G. head_width: E. mlp_width: F. vocab: V.
       context: the longest prompt plus answer, in tokens, that the model was trained for.
-      rotary_width: how much of a head is rotated, from its start; None for all of it.
-      sliding_windows: for each layer how many keys a query sees, its own included, or None for all; None if every
-        layer sees all.
-      attention_bias: of the query, key and value products. output_bias: of the product after attention.
-      qk_norm: each head of queries and keys is normalised before it is rotated.
-      activation: name of the MLP's gate activation, see `models.decoder.ACTIVATIONS`.
+      rotary_width: number of elements at the start of each head that are rotated; None for all.
+      sliding_windows: for each layer, the number of keys that a query attends to, its own included, or None for all;
+        None if all layers attend to all keys.
+      attention_bias: bias of the query, key and value projections. output_bias: bias of the output projection.
+      qk_norm: whether each head of queries and keys is normalised before rotation.
+      activation: name of the MLP's gate activation, see `models.layer.ACTIVATIONS`.
     """
 
     family: str
@@ -133,11 +133,11 @@ class ModelConfig:
 
     @property
     def rotated(self) -> int:
-        """How much of a head is rotated."""
+        """Number of elements of each head that are rotated."""
         return self.head_width if self.rotary_width is None else self.rotary_width
 
     def reach(self, layer: int) -> int:
-        """Tokens that the last row sees in a layer: the layer's sliding window or the context."""
+        """Number of tokens that the last query attends to in a layer: the sliding window, at most the context."""
         window = self.sliding_windows[layer] if self.sliding_windows else None
         return min(window or self.context, self.context)
 
@@ -152,7 +152,7 @@ class ModelConfig:
 
 
 def take(fields: Mapping[str, Any], name: str, source: str, default: Any = None) -> Any:
-    """A field, or `default`, or a `UserError` that names the field and where it was looked for."""
+    """The value of a field, or `default`; raises a `UserError` with `source` and the field name if both are missing."""
     value = fields.get(name)
     if value is None:
         value = default
@@ -196,7 +196,7 @@ def take_flag(fields: Mapping[str, Any], name: str, source: str) -> bool:
 
 
 def refuse_unknown(fields: Mapping[str, Any], known: set[str], source: str) -> None:
-    """Raise a `UserError` when `fields` holds a name that nobody here reads or knows to be harmless."""
+    """Raise a `UserError` if `fields` has a name that is neither read nor known to be harmless."""
     unknown = sorted(set(fields) - known)
     if unknown:
         raise UserError(f"{source}: unsupported field(s) {', '.join(unknown)}; they may change the model's numbers")

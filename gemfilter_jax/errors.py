@@ -1,11 +1,11 @@
-"""The one exception that means: the input was wrong, and this line says how to mend it."""
+"""The exception for wrong input, with a one-line message that says how to correct it."""
 
 
 class UserError(ValueError):
-    """A mistake in what was asked for.
+    """A mistake in the user's input.
 
-    The message is one line that names what was wrong, what was found and what would be right. Command lines print it
-    without a traceback and exit with status 2. What cannot be printed, as in names that come from a file, is escaped.
+    The message is one line that names the mistake, the value found and the value expected. Commands print it without a
+    traceback and exit with status 2. Unprintable characters, such as in names read from a file, are escaped.
     """
 
     def __init__(self, message: str):

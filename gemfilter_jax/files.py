@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and text files as they are read."""
+"""Checks of output paths, atomic writes, and reading of text files."""
 
 import os
 import pathlib
@@ -8,7 +8,7 @@ from gemfilter_jax.errors import UserError
 
 
 def check_writable(path: str, flag: str) -> None:
-    """Raise a `UserError` that names `flag` if a file cannot be written to `path`; leaves nothing behind."""
+    """Raise a `UserError` that names `flag` if a file cannot be written to `path`; leaves no file behind."""
     target = pathlib.Path(path)
     if target.is_dir():
         raise UserError(f"--{flag}={path}: is a folder; give a file name")
@@ -22,7 +22,7 @@ def check_writable(path: str, flag: str) -> None:
 
 
 def check_new_folder(folder: pathlib.Path) -> None:
-    """Raise a `UserError` if `folder` exists or cannot be made."""
+    """Raise a `UserError` if `folder` exists or its parent does not."""
     if folder.exists():
         raise UserError(f"--output={folder}: exists already; give a new folder")
     if not folder.absolute().parent.is_dir():
@@ -30,7 +30,7 @@ def check_new_folder(folder: pathlib.Path) -> None:
 
 
 def write_whole(path: str, content: str | bytes) -> None:
-    """Write a file aside, text as UTF-8, and rename it into place."""
+    """Write a temporary file, with text as UTF-8, and rename it to `path`."""
     target = pathlib.Path(path)
     data = content.encode("utf-8") if isinstance(content, str) else content
     with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
@@ -45,18 +45,18 @@ def write_whole(path: str, content: str | bytes) -> None:
 
 
 def read_text(path: pathlib.Path, name: str) -> str:
-    """The text of a file; `name` stands for it in a `UserError`."""
+    """The text of a file, which error messages call `name`."""
     try:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{name}: cannot be read ({error.strerror})") from error
-    except ValueError as error:  # the path holds a NUL
+    except ValueError as error:  # the path contains a NUL
         raise UserError(f"{name}: cannot be read ({error})") from error
     return decoded(data, name)
 
 
 def decoded(data: bytes, name: str) -> str:
-    """UTF-8 as text; `name` stands for it in a `UserError`."""
+    """UTF-8 bytes as text; error messages call the source `name`."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:

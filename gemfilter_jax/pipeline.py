@@ -1,4 +1,4 @@
-"""Text in, answer and kept passages out."""
+"""The pipeline from a text and a question to an answer and kept passages."""
 
 import dataclasses
 import os
@@ -15,12 +15,10 @@ from gemfilter_jax.buckets import bucket
 from gemfilter_jax.checkpoints import Checkpoint, Opened, load_checkpoint, mesh_for, open_checkpoint
 from gemfilter_jax.checkpoints.weights import BytesRead
 from gemfilter_jax.errors import UserError
-from gemfilter_jax.generate import programs
+from gemfilter_jax.generate import loop
 from gemfilter_jax.generate.sampling import GREEDY, Sampling
-from gemfilter_jax.methods.gemfilter import documents, filtering, scoring_pass
-from gemfilter_jax.methods.gemfilter.documents import Reading
-from gemfilter_jax.methods.gemfilter.method import Full, GemFilter, Method
-from gemfilter_jax.methods.gemfilter.scoring_pass import Progress
+from gemfilter_jax.methods.base import Method, Progress, Reader
+from gemfilter_jax.methods.gemfilter.method import GemFilter
 from gemfilter_jax.methods.presets import Preset, preset_for
 from gemfilter_jax.ops.attention import check_runs_here
 from gemfilter_jax.parallel import collectives, sharding
@@ -32,12 +30,12 @@ RULES = ("default", "paper")
 
 @dataclasses.dataclass(frozen=True)
 class KeptText:
-    """What was kept of a prompt.
+    """The kept tokens and passages of a prompt.
 
     Attributes:
       prompt: the prompt's text as given.
-      prompt_tokens: its tokens, template and question included.
-      indices: increasing indices of the kept ones among them.
+      prompt_tokens: number of tokens in the prompt, template and question included.
+      indices: indices of the kept tokens, increasing.
       spans: (start, end) character offsets into `prompt` of the kept passages, in order.
     """
 
@@ -48,7 +46,7 @@ class KeptText:
 
     @property
     def kept_tokens(self) -> int:
-        """How many tokens were kept."""
+        """Number of kept tokens."""
         return len(self.indices)
 
     @property
@@ -58,7 +56,7 @@ class KeptText:
 
     @property
     def text(self) -> str:
-        """The kept passages, one after another, a line break between them."""
+        """The kept passages, separated by line breaks."""
         return "\n".join(self.passages)
 
     def __repr__(self) -> str:
@@ -68,7 +66,7 @@ class KeptText:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The fields of its JSON."""
+        """The fields of the JSON form."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "kept_tokens": self.kept_tokens,
@@ -79,15 +77,15 @@ class KeptText:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """An answer and how it came about.
+    """An answer, the kept part of the prompt, and timings.
 
     Attributes:
       text: the answer.
-      tokens: its token ids, an end token not included.
+      tokens: token ids of the answer, without the stop token.
       stop_reason: "stop" (the model ended its answer) or "length" (max_new_tokens was reached).
-      selection: what was kept of the prompt.
-      timings: seconds per stage ("tokenize", "filter", "prefill", "decode"), and "compile" for XLA. In a batch, of
-        the whole batch.
+      selection: the kept tokens and passages of the prompt.
+      timings: seconds per stage ("tokenize", "filter", "prefill", "decode"), and "compile" for XLA. Each result of a
+        batch has the timings of the whole batch.
     """
 
     text: str
@@ -101,19 +99,19 @@ class Result:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The fields of its JSON."""
+        """The fields of the JSON form."""
         return self.selection.fields | {"timings": self.timings, "text": self.text, "stop_reason": self.stop_reason}
 
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """A loaded model that answers questions of long texts.
+    """A loaded model that answers questions about long texts.
 
     Attributes:
       checkpoint: model, tokenizer and stop tokens.
       preset: the model's filter settings.
       chat_template: wrap prompts in the tokenizer's chat template, if it has one.
-      message_format: see `prompts.encode`.
+      message_format: see `prompt.encode`.
     """
 
     checkpoint: Checkpoint
@@ -124,18 +122,18 @@ class Pipeline:
     def method(
         self, rule: str = "default", *, keep: int | Literal["auto"] | None = None, filter_layer: int | None = None
     ) -> GemFilter:
-        """The policy of a rule ("default" or "paper") with the preset's values where none are given.
+        """GemFilter under a rule ("default" or "paper"); the preset supplies values that are not given.
 
         Args:
-          keep: tokens to keep, or "auto": as many as hold a share of the score, up to the preset's number.
+          keep: number of tokens to keep, or "auto": enough to hold a share of the score, up to the preset's number.
         """
         if rule not in RULES:
             raise UserError(f"rule {rule!r} is unknown; one of {', '.join(RULES)}")
         return self.preset.method(rule, keep, filter_layer)
 
-    def check(self, method: GemFilter, max_new_tokens: int) -> None:
-        """Raise a `UserError` if these settings can answer no prompt whatever."""
-        filtering.check_method(self.checkpoint.model, method)
+    def check(self, method: Method, max_new_tokens: int) -> None:
+        """Raise a `UserError` if these settings are invalid for every prompt."""
+        method.check(self.checkpoint.model)
         check_format(self.checkpoint.tokenizer, self.chat_template, self.message_format)
         context = self.checkpoint.model.config.context
         if max_new_tokens >= context:
@@ -146,10 +144,10 @@ class Pipeline:
         text: str,
         question: str | None = None,
         *,
-        method: GemFilter | None = None,
+        method: Method | None = None,
         progress: Progress | None = None,
     ) -> tuple[KeptText, dict[str, float]]:
-        """Stage 1 alone: what is kept of `text` for `question`, and seconds per stage.
+        """Run stage 1 alone; returns the kept tokens and passages of `text` for `question`, and seconds per stage.
 
         Raises:
           UserError: the text is empty, or the method does not fit the model or the prompt.
@@ -170,15 +168,15 @@ class Pipeline:
         on_text: Callable[[str], None] | None = None,
         progress: Progress | None = None,
     ) -> Result:
-        """Answer `question` about `text` (or continue a text that ends in its question).
+        """Answer `question` about `text`, or continue a text that ends with the question.
 
         Args:
-          method: what to keep; the preset's default rule if None.
-          on_text: called with each piece of the answer as soon as it is there.
+          method: how to choose the kept tokens; None for the preset's default rule.
+          on_text: called with each piece of the answer as soon as it is generated.
           progress: called with (tokens read, tokens to read) during stage 1.
 
         Raises:
-          UserError: the text is empty, the method does not fit the model or the prompt, or what is kept and the
+          UserError: the text is empty, the method does not fit the model or the prompt, or the kept tokens and the
             answer exceed the model's context.
         """
         watch, method = Stopwatch(), method or self.method()
@@ -196,10 +194,10 @@ class Pipeline:
         seed: int | Sequence[int] = 0,
         progress: Progress | None = None,
     ) -> list[Result]:
-        """Answer one question of each text in one batch. Otherwise as `generate`.
+        """Answer one question about each text in one batch; otherwise like `generate`.
 
         Args:
-          seed: row i draws with seed + i, or with its own of several.
+          seed: one seed, and row i uses seed + i, or one seed for each row.
         """
         questions = [None] * len(texts) if questions is None else questions
         if len(questions) != len(texts):
@@ -214,23 +212,25 @@ class Pipeline:
         return self._answer(prompts, kept, method, max_new_tokens, sampling, seeds, watch)
 
     def document(
-        self, text: str, *, method: GemFilter | None = None, cache: str | os.PathLike | None = None
+        self, text: str, *, method: Method | None = None, cache: str | os.PathLike | None = None
     ) -> "Document":
-        """A text to ask many questions of.
+        """A text for many questions; see `Document`.
 
         Args:
-          method: what to keep for each question; the preset's default rule if None.
-          cache: a folder in which what was read is kept for other processes too: about as many bytes as keys and
-            values of the filter's layers take; made if it does not exist.
+          method: how to choose the kept tokens for each question; None for the preset's default rule.
+          cache: folder in which GemFilter stores the keys and values of the layers up to the filter layer, so that
+            other processes can reuse them; created if it does not exist. Its size is about that of the arrays.
         """
-        return Document(self, text, method or self.method(), None if cache is None else pathlib.Path(cache))
+        method = method or self.method()
+        reader = method.reader(self.checkpoint.model, None if cache is None else pathlib.Path(cache))
+        return Document(self, text, method, reader)
 
     def _encode(self, text: str, question: str | None, method: Method) -> Prompt:
         return encode(
             self.checkpoint.tokenizer,
             text,
             question,
-            window=method.window if isinstance(method, GemFilter) else 0,
+            observation_rows=method.observation_rows,
             chat_template=self.chat_template,
             message_format=self.message_format,
         )
@@ -245,10 +245,7 @@ class Pipeline:
     ) -> tuple[list[Prompt], list[np.ndarray]]:
         with watch.stage("tokenize"):
             prompts = [self._encode(text, question, method) for text, question in zip(texts, questions, strict=True)]
-        if isinstance(method, Full):
-            return prompts, [np.arange(len(prompt)) for prompt in prompts]
-        with watch.stage("filter"):
-            return prompts, filtering.keep_tokens(self.checkpoint.model, prompts, method, progress=progress)
+        return prompts, method.select(self.checkpoint.model, prompts, watch=watch, progress=progress)
 
     def _answer(
         self,
@@ -273,13 +270,12 @@ class Pipeline:
         width = bucket(longest)
         parts = sharding.shape_of(model.mesh).rows
         rows = sharding.evenly(list(zip(prompts, kept, strict=True)), parts)
-        ids, lengths = scoring_pass.pad([prompt.ids[indices] for prompt, indices in rows], width)
+        ids, lengths = loop.pad([prompt.ids[indices] for prompt, indices in rows], width)
         positions = jnp.arange(width, dtype=jnp.int32)[None].repeat(len(rows), axis=0)
-        gaps = isinstance(method, GemFilter) and method.positions == "original"
-        if gaps:
-            positions, _ = scoring_pass.pad([indices for _, indices in rows], width)
+        if method.keeps_positions:
+            positions, _ = loop.pad([indices for _, indices in rows], width)
         with watch.stage("prefill"):
-            state = programs.begin(
+            state = loop.prefill(
                 model,
                 ids,
                 lengths,
@@ -289,19 +285,23 @@ class Pipeline:
                 seeds=jnp.asarray(np.array([seed % 2**32 for seed in sharding.evenly(seeds, parts)], np.uint32)),
                 limit=jnp.int32(max_new_tokens),
                 capacity=bucket(max_new_tokens),
-                gaps=gaps,
+                gaps=method.keeps_positions,
+                eviction=method.eviction,
             )
             jax.block_until_ready(state.tokens)
+        if method.eviction is not None:
+            held = collectives.to_host(state.cache.positions)
+            rows = [(prompt, indices[_held(held[:, row])]) for row, (prompt, indices) in enumerate(rows)]
         with watch.stage("decode"):
-            state = programs.finish(model, state) if on_text is None else self._stream(state, on_text)
+            state = loop.decode(model, state) if on_text is None else self._stream(state, on_text)
             tokens, counts, stopped = collectives.to_host((state.tokens, state.lengths, state.stopped))
         return [
             self._result(*row, row_tokens[:count], bool(ended), dict(watch.timings))
             for row, row_tokens, count, ended in list(zip(rows, tokens, counts, stopped, strict=True))[: len(prompts)]
         ]
 
-    def _stream(self, state: programs.DecodeState, on_text: Callable[[str], None]) -> programs.DecodeState:
-        """Step a batch of one from the host; pieces are held back while a character is incomplete."""
+    def _stream(self, state: loop.DecodeState, on_text: Callable[[str], None]) -> loop.DecodeState:
+        """Decode a batch of one, step by step from the host; text is held back while a character is incomplete."""
         told = ""
         while True:
             made = collectives.to_host((state.tokens, state.lengths, state.stopped, state.running))
@@ -312,7 +312,7 @@ class Pipeline:
                 told = text
             if not running:
                 return state
-            state = programs.step(self.checkpoint.model, state)
+            state = loop.decode_step(self.checkpoint.model, state)
 
     def _decoded(self, tokens: np.ndarray, stopped: bool) -> str:
         return str(self.checkpoint.tokenizer.decode(tokens[:-1] if stopped else tokens, skip_special_tokens=True))
@@ -330,16 +330,15 @@ class Pipeline:
 
 
 class Document:
-    """A text that is read once and asked many questions.
+    """A text for many questions, which methods that support it read only once.
 
-    The first question reads it; what the layers up to the filter's keep of it (2 * r * G * E numbers a token) stays in
-    memory for the others, which then cost their own tokens in the filter, and the answer. They get what
-    `Pipeline.generate` would give them.
+    GemFilter does: the first question reads the text, and the keys and values of the layers up to the filter layer
+    (2 * r * G * E numbers per token) stay in memory. For each later question, the filter reads only the question's own
+    tokens. The results are those of `Pipeline.generate`.
     """
 
-    def __init__(self, model: Pipeline, text: str, method: GemFilter, cache: pathlib.Path | None):
-        self._model, self._text, self._method, self._cache = model, text, method, cache
-        self._reading: Reading | None = None
+    def __init__(self, model: Pipeline, text: str, method: Method, reader: Reader):
+        self._model, self._text, self._method, self._reader = model, text, method, reader
 
     def ask(
         self,
@@ -351,47 +350,26 @@ class Document:
         on_text: Callable[[str], None] | None = None,
         progress: Progress | None = None,
     ) -> Result:
-        """Answer a question; arguments and errors as of `Pipeline.generate`. `timings` has "read" if the text was."""
+        """Answer a question as `Pipeline.generate` does; if the text was read for it, `timings` contains "read"."""
         watch = Stopwatch()
         prompt, kept = self._filter(question, watch, progress)
         return self._model._answer([prompt], [kept], self._method, max_new_tokens, sampling, [seed], watch, on_text)[0]
 
     def select(self, question: str, *, progress: Progress | None = None) -> tuple[KeptText, dict[str, float]]:
-        """What is kept for a question, and seconds per stage; see `Pipeline.select`."""
+        """The kept tokens and passages for a question, and seconds per stage; see `Pipeline.select`."""
         watch = Stopwatch()
         prompt, kept = self._filter(question, watch, progress)
         return _kept_text(prompt, kept), watch.timings
 
     def _filter(self, question: str, watch: Stopwatch, progress: Progress | None) -> tuple[Prompt, np.ndarray]:
-        model, method = self._model.checkpoint.model, self._method
         with watch.stage("tokenize"):
-            prompt = self._model._encode(self._text, question, method)
-        filtering.check(model, prompt, method)
-        if len(prompt) <= method.keep:
-            return prompt, np.arange(len(prompt))
-        known = self._read(prompt, watch, progress)
-        with watch.stage("filter"):
-            return prompt, filtering.keep_tokens_of_document(model, prompt, method, known, progress=progress)
+            prompt = self._model._encode(self._text, question, self._method)
+        return prompt, self._reader.select(prompt, watch=watch, progress=progress)
 
-    def _read(self, prompt: Prompt, watch: Stopwatch, progress: Progress | None) -> Reading:
-        model, method = self._model.checkpoint.model, self._method
-        with watch.stage("filter"):
-            if self._reading and self._reading.fits(model.config, prompt, method):
-                return self._reading
-        with watch.stage("read"):
-            self._reading = None  # so that two of them are never in memory
-            self._reading = self._read_anew(prompt, progress)
-            return self._reading
 
-    def _read_anew(self, prompt: Prompt, progress: Progress | None) -> Reading:
-        model, method = self._model.checkpoint.model, self._method
-        saved = documents.load(model, prompt, method, self._cache) if self._cache else None
-        if saved:
-            return saved
-        made = documents.read(model, prompt, method, progress=progress)
-        if self._cache:
-            documents.save(made, self._cache, documents.key(model, prompt, method))
-        return made
+def _held(positions: np.ndarray) -> np.ndarray:
+    """Increasing positions that at least one layer and key head still holds, from one row's positions [L, G, C]."""
+    return np.unique(positions[positions >= 0])
 
 
 def _kept_text(prompt: Prompt, kept: np.ndarray) -> KeptText:
@@ -406,45 +384,51 @@ def load(
     weights: str = "float",
     filter_layers: int | None = None,
     mesh: jax.sharding.Mesh | str | None = None,
+    many_prompts: bool = False,
     preset: Preset | None = None,
     chat_template: bool = True,
     message_format: str = MESSAGE_FORMAT,
     attention: str | None = None,
     progress: BytesRead | None = None,
 ) -> Pipeline:
-    """Load a model for answering questions of long texts.
+    """Load a model for answering questions about long texts.
 
     Args:
       source: a model folder, a .gguf file, a Hugging Face hub id, or "smollm2", the default model.
       dtype: "float32", "bfloat16", or "auto": bfloat16 on accelerators, float32 on CPU.
       weights: "float", or "int8": matrices as int8, about half the bytes of bfloat16.
-      filter_layers: load only so many layers, which is enough for `select` at a filter layer below that number.
-      mesh: devices to run on: a mesh of `sharding.make_mesh`, its shape, such as "seq:4,model:2", or "auto" for all
-        devices; None for one.
-      preset: filter settings; those known for the model if None.
+      filter_layers: load only this many first layers, which is enough for `select` at a filter layer below this number.
+      mesh: devices to run on: a mesh made by `sharding.make_mesh`, a shape such as "seq:4,model:2", or "auto" for all
+        devices; None for one device.
+      many_prompts: whether "auto" prefers sharding the batch to sharding prompts.
+      preset: filter settings; None for the model's built-in preset.
       chat_template: wrap prompts in the tokenizer's chat template, if it has one.
-      message_format: see `prompts.encode`.
-      attention: one of `attention.IMPLEMENTATIONS`; None for what serves best here.
+      message_format: see `prompt.encode`.
+      attention: one of `attention.IMPLEMENTATIONS`; None to choose one by model and device.
       progress: called with (bytes read, bytes to read).
 
     Raises:
-      UserError: the model cannot be loaded, or the attention not run here, with the reason.
+      UserError: the model cannot be loaded, or the attention implementation does not run here.
     """
     compile_cache.enable()
     if isinstance(mesh, str):
         source = open_checkpoint(source) if isinstance(source, str) else source
-        mesh = mesh_for(source, mesh, dtype=dtype, weights=weights, filter_layers=filter_layers)
+        mesh = mesh_for(
+            source, mesh, dtype=dtype, weights=weights, filter_layers=filter_layers, many_prompts=many_prompts
+        )
     _check_attention(mesh, attention)
     checkpoint = load_checkpoint(
         source, dtype, weights=weights, filter_layers=filter_layers, mesh=mesh, progress=progress
     )
-    checkpoint.model.attention_implementation = attention
+    if attention is not None:
+        model = checkpoint.model.replace(attention_implementation=attention)
+        checkpoint = dataclasses.replace(checkpoint, model=model)
     preset = preset or preset_for(checkpoint.model.config)
     return Pipeline(checkpoint, preset, chat_template, message_format)
 
 
 def _check_attention(mesh: jax.sharding.Mesh | None, attention: str | None) -> None:
-    """Raise a `UserError` if an implementation of attention that was named does not run here."""
+    """Raise a `UserError` if the requested attention implementation does not run here."""
     if attention is None:
         return
     try:

@@ -1,4 +1,4 @@
-"""Seconds per stage, with compilation set apart."""
+"""Seconds per stage, with compilation counted separately."""
 
 import contextlib
 import time
@@ -20,14 +20,14 @@ jax.monitoring.register_event_duration_secs_listener(_count)
 
 
 class Stopwatch:
-    """Collects `timings`: seconds by stage name, "compile" for what XLA took out of any of them."""
+    """Collects `timings`: seconds by stage name without compilation, and "compile" for compilation in all stages."""
 
     def __init__(self) -> None:
         self.timings: dict[str, float] = {}
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time a block; the block itself must wait for its arrays."""
+        """Time a block; the block itself must wait until its arrays are ready."""
         compiled, started = _compile_seconds, time.perf_counter()
         yield
         elapsed = time.perf_counter() - started

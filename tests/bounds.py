@@ -33,6 +33,20 @@ def of_attention(seen: np.ndarray, products: float, head_width: int) -> np.ndarr
     return of_sum(2 * (head_width + 2) * products + 2 * seen + 8, 1.0)
 
 
+def of_scores(seen: int, products: float, head_width: int, rows: int, heads: int) -> float:
+    """Relative error of key scores: attention probabilities, or their like against a key, summed over rows and heads.
+
+    Args:
+      seen, products, head_width: as in `of_attention`. rows, heads: that observe.
+    """
+    return float(of_attention(np.array(seen), products, head_width) + of_sum(rows * heads, 1.0))
+
+
+def likely(worst: float, terms: int) -> float:
+    """What a bound on `terms` roundings comes to if they have either sign: eight standard deviations of their sum."""
+    return 8 * worst / np.sqrt(3 * terms)
+
+
 def of_decoder(config: ModelConfig, length: int, magnitude: float) -> float:
     """Largest difference of what two orders of summation make of a prompt, for logits or the residual stream.
 
@@ -42,5 +56,10 @@ def of_decoder(config: ModelConfig, length: int, magnitude: float) -> float:
     Args:
       length: of the prompt. magnitude: of the largest of the results.
     """
+    return of_sum(terms_of_decoder(config, length), magnitude)
+
+
+def terms_of_decoder(config: ModelConfig, length: int) -> int:
+    """How many roundings `of_decoder` counts."""
     read = 5 * config.width + config.heads * config.head_width + config.mlp_width
-    return of_sum(config.layers * (read + config.head_width + length) + 2 * config.width, magnitude)
+    return config.layers * (read + config.head_width + length) + 2 * config.width

@@ -3,28 +3,26 @@
 import dataclasses
 import json
 import pathlib
-import random
 import sys
 import tempfile
 
 import jax
 import jax.numpy as jnp
+import tiny
 from jax.sharding import NamedSharding
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
-from gemfilter_jax.checkpoints import Checkpoint, HuggingFaceFolder
+from gemfilter_jax.checkpoints import HuggingFaceFolder
 from gemfilter_jax.checkpoints.weights import Loading
 from gemfilter_jax.errors import UserError
-from gemfilter_jax.methods import presets
+from gemfilter_jax.methods.base import Method
 from gemfilter_jax.methods.gemfilter.method import GemFilter
+from gemfilter_jax.methods.streaming_llm import StreamingLLM
 from gemfilter_jax.models.transformer import Decoder
 from gemfilter_jax.parallel import sharding
 from gemfilter_jax.parallel.sharding import MeshShape
 from gemfilter_jax.pipeline import Pipeline
 
-_WORDS = 90
-_DEFAULT = GemFilter(filter_layer=2, keep=48, window=16, chunk=8, sentences=False, band=24, first_tokens=4)
+_DEFAULT = GemFilter(filter_layer=2, keep=48, observation_window=16, chunk=8, sentences=False, band=24, first_tokens=4)
 _METHODS = {
     "dense": dataclasses.replace(_DEFAULT, filter_attention="dense"),
     "tri_shape": dataclasses.replace(_DEFAULT, filter_attention="tri_shape"),
@@ -45,37 +43,28 @@ def _shapes(devices: int) -> list[MeshShape]:
 
 def _pipeline(one: Decoder, shape: MeshShape | None) -> Pipeline:
     """A model on one device, or the same on a mesh of a shape."""
-    words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(_WORDS)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
     model = one
     if shape is not None:
         mesh = sharding.make_mesh(shape)
         layouts = jax.tree.map(lambda spec: NamedSharding(mesh, spec), sharding.specs(one, mesh))
-        model = jax.device_put(one, layouts)
-        model.mesh = mesh
-    checkpoint = Checkpoint("tiny", model, tokenizer, stop_tokens=())
-    return Pipeline(checkpoint, presets.preset_for(one.config), chat_template=False, message_format="{text} {question}")
-
-
-def _text(words: int) -> str:
-    return " ".join(f"w{random.Random(words + place).randrange(_WORDS)}" for place in range(words))
+        model = jax.device_put(one, layouts).replace(mesh=mesh)
+    return tiny.pipeline(model)
 
 
 def _kept(model: Pipeline, method: GemFilter) -> list[int]:
-    return list(model.select(_text(230), "w1 w2 w3", method=method)[0].indices)
+    return list(model.select(tiny.words(230), "w1 w2 w3", method=method)[0].indices)
 
 
-def _answers(model: Pipeline, method: GemFilter, *words: int) -> list[dict]:
+def _answers(model: Pipeline, method: Method, *words: int) -> list[dict]:
     questions = ["w1 w2 w3", "w4 w5", "w6 w7 w8 w9"]
-    texts = [_text(count) for count in words]
+    texts = [tiny.words(count) for count in words]
     results = model.generate_batch(texts, questions[: len(texts)], method=method, max_new_tokens=6)
     return [{"kept": result.selection.indices, "tokens": result.tokens} for result in results]
 
 
 def _document(model: Pipeline, cache: str) -> list[dict]:
     """Two questions of a document; the cache may hold what another mesh has read of it."""
-    document = model.document(_text(700), method=_METHODS["tri_shape"], cache=cache)
+    document = model.document(tiny.words(700), method=_METHODS["tri_shape"], cache=cache)
     results = [document.ask(question, max_new_tokens=6) for question in ("w1 w2 w3", "w4 w5 w6")]
     return [{"kept": result.selection.indices, "tokens": result.tokens} for result in results]
 
@@ -107,6 +96,7 @@ def main(folder: str, *meshes: str) -> None:
         if shape == _WITH_ALL or (shape is None and _WITH_ALL in shapes):
             # Prompts that are kept whole, filtered in one pass, and in segments.
             made |= {name: _answers(model, method, 20, 230, 700) for name, method in _OTHERS.items()}
+            made["streaming_llm"] = _answers(model, StreamingLLM(keep=48), 20, 230)
             made["document"] = _document(model, cache)
     print(json.dumps(found))
 

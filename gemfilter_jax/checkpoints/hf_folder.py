@@ -17,7 +17,7 @@ from gemfilter_jax.models.families import FAMILIES
 from gemfilter_jax.models.transformer import Decoder
 
 _WHOLE = "model.safetensors"
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # of the dtypes that weights may have
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # per value, for each supported dtype of weights
 
 
 class HuggingFaceFolder:
@@ -35,11 +35,11 @@ class HuggingFaceFolder:
 
     @property
     def name(self) -> str:
-        """The name the folder gives itself, else the folder's own."""
+        """The name in config.json, else the folder's name."""
         return str(self._fields.get("_name_or_path") or self.folder.name)
 
     def decoder(self, loading: Loading) -> Decoder:
-        """The weights, from all shards."""
+        """The decoder with its weights, from all shards."""
         return build_decoder(self.config, Shards(self.folder), loading, source=str(self.folder))
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -47,7 +47,7 @@ class HuggingFaceFolder:
         return tokenizer_folder.load(self.folder, self.folder)
 
     def stop_tokens(self) -> tuple[int, ...]:
-        """Ids that end an answer, from generation_config.json or else config.json."""
+        """Ids that end an answer, from generation_config.json, else from config.json."""
         path = self.folder / "generation_config.json"
         generation = _read_json(path) if path.exists() else {}
         ids = generation.get("eos_token_id", self._fields.get("eos_token_id"))
@@ -89,12 +89,12 @@ class Shards:
             self._compare_with(index)
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows of a tensor. The file is opened anew each time, so that no mapped pages of it stay in memory."""
+        """Rows of a tensor. Each call reopens the file, so that no mapped pages stay in memory."""
         with _opened(self._places[name]) as file:
             return file.get_slice(name)[start:stop]
 
     def _index(self) -> dict[str, str]:
-        """Tensor name -> file name, empty for a folder with one file."""
+        """Tensor name -> file name; empty for a folder with a single file."""
         path = self._folder / f"{_WHOLE}.index.json"
         if path.exists():
             places = take(_read_json(path), "weight_map", str(path))

@@ -11,10 +11,10 @@ _NOT_NEEDED = ["original/*", "onnx/*"]
 
 
 def cached_or_downloaded(repository: str) -> pathlib.Path:
-    """The folder of a hub repository: from the cache where it is complete, else downloaded.
+    """The folder of a hub repository: from the cache if complete there, else downloaded.
 
     Raises:
-      UserError: it is in neither place, with the hub's reason.
+      UserError: it is in neither place; the message gives the hub's reason.
     """
     try:
         folder = huggingface_hub.snapshot_download(repository, allow_patterns=_FILES, ignore_patterns=_NOT_NEEDED)

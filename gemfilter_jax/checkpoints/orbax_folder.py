@@ -1,6 +1,6 @@
 """Folders written by `gemfilter convert`: weights as Orbax arrays, config and tokenizer beside them.
 
-Orbax reads each device's part of an array alone, so a checkpoint loads straight into any sharded layout.
+Orbax reads only each device's shard of an array, so a checkpoint loads directly into any sharded layout.
 """
 
 import dataclasses
@@ -61,7 +61,7 @@ class OrbaxFolder:
         self._stop_tokens = tuple(take(manifest, "stop_tokens", str(path)))
 
     def decoder(self, loading: Loading) -> Decoder:
-        """The weights, each array straight into its layout."""
+        """The decoder; each array is read directly into its sharded layout."""
         if loading.int8 and not self._int8:
             raise UserError(
                 f"{self.folder}: holds floating-point weights; for int8, convert the model with --weights=int8"
@@ -74,7 +74,7 @@ class OrbaxFolder:
             name: ocp.ArrayRestoreArgs(
                 sharding=leaf.sharding or device,
                 global_shape=leaf.shape,
-                strict=False,  # so that of a stack the first layers alone can be read
+                strict=False,  # allows reading only the first layers of a stack
                 dtype=leaf.dtype,
             )
             for name, leaf in wanted.items()
@@ -113,7 +113,7 @@ def save(
     tokenizer: PreTrainedTokenizerBase,
     stop_tokens: tuple[int, ...],
 ) -> None:
-    """Write a model to a new folder, which appears whole or not at all.
+    """Write a model to a new folder, which appears complete or not at all.
 
     Raises:
       UserError: the folder exists or cannot be written.

@@ -8,7 +8,7 @@ from gemfilter_jax.errors import UserError, reason
 
 
 def load(folder: pathlib.Path, source: pathlib.Path) -> PreTrainedTokenizerBase:
-    """The fast tokenizer and chat template of a folder. Code that the folder brings is never run.
+    """The fast tokenizer and chat template of a folder. Code in the folder is never run.
 
     Args:
       source: names the model in error messages.

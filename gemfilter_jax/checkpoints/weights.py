@@ -1,7 +1,7 @@
-"""From named tensors to a decoder: every tensor of the file accounted for, every parameter of the model filled.
+"""Builds a decoder from named tensors; every tensor must be known, and every parameter must be filled.
 
-Tensors are read one at a time, in row blocks, and written into the parameters on their devices, so that besides the
-model at most two copies of one tensor are in host memory.
+Tensors are read one at a time, in row blocks, and written into the parameters on their devices. Besides the model, host
+memory holds at most two copies of one tensor.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from gemfilter_jax.models.transformer import Decoder
 from gemfilter_jax.parallel.sharding import with_shardings
 
 BytesRead = Callable[[int, int], None]
-"""Told (bytes read, bytes to read) as weights are loaded."""
+"""Called with (bytes read, bytes to read) as weights are loaded."""
 
 _BLOCK_BYTES = 8 * 2**20
 _LARGEST_INT8 = 127
@@ -34,7 +34,7 @@ class Tensors(Protocol):
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Of every tensor."""
+        """The shape of every tensor."""
         ...
 
     @property
@@ -44,7 +44,7 @@ class Tensors(Protocol):
 
     @property
     def problems(self) -> Sequence[str]:
-        """What is wrong with the set of tensors, a phrase each, such as one that is there twice."""
+        """Problems with the set of tensors, one phrase each, such as a duplicate tensor."""
         ...
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
@@ -54,13 +54,13 @@ class Tensors(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Loading:
-    """How a decoder is to be held.
+    """How to load a decoder.
 
     Attributes:
-      dtype: of weights and activations. int8: matrices as int8 with scales.
-      filter_layers: only so many layers and no LM head; None for the whole model.
-      mesh: devices to lay the weights out on; None for the default device.
-      progress: told how far loading is.
+      dtype: of weights and activations. int8: hold matrices in int8 with scales.
+      filter_layers: load only this many layers and no LM head; None for the whole model.
+      mesh: devices to shard the weights over; None for the default device.
+      progress: called as weights are read.
     """
 
     dtype: jnp.dtype
@@ -72,7 +72,7 @@ class Loading:
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """Rows of a tensor and the parameter that they fill: the whole of it, or one layer of it."""
+    """Rows of a tensor, and the parameter that they fill, whole or for one layer."""
 
     tensor: str
     start: int
@@ -82,7 +82,7 @@ class _Part:
 
 
 def abstract_decoder(config: ModelConfig, loading: Loading) -> Decoder:
-    """A decoder of shapes, each with its sharding if there is a mesh."""
+    """A decoder of `jax.ShapeDtypeStruct`s, each with its sharding if there is a mesh."""
     abstract = jax.eval_shape(
         lambda: Decoder(
             config,
@@ -99,7 +99,7 @@ def build_decoder(config: ModelConfig, tensors: Tensors, loading: Loading, *, so
     """A decoder of `config` with weights from named tensors; `source` names the file or folder in messages.
 
     Raises:
-      UserError: names every missing, unexpected, repeated and misshapen tensor before anything is read.
+      UserError: tensors are missing, unexpected, repeated or misshapen; names each of them, before anything is read.
     """
     check_tensors(config, tensors, source)
     leaves, structure = jax.tree_util.tree_flatten_with_path(abstract_decoder(config, loading))
@@ -123,7 +123,7 @@ def build_decoder(config: ModelConfig, tensors: Tensors, loading: Loading, *, so
                 filled[name] = _put(filled[name], value, part.layer, transpose=transpose)
             else:
                 filled[name] = _transposed(value) if transpose else value
-        # Without waiting, reading would run ahead of the devices and hold many tensors.
+        # Without this wait, reading would run ahead of the devices and keep many tensors in memory.
         jax.block_until_ready(filled[part.parameter])
         done += _bytes(part, tensors)
         if loading.progress:
@@ -142,7 +142,7 @@ def _scale_of(parameter: str) -> str:
 
 @functools.cache
 def _whole_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every parameter of the whole model, under its dotted name, as a checkpoint's tensors have it."""
+    """Dotted name -> shape of every parameter of the whole model, in the layout of a checkpoint's tensors."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(abstract_decoder(config, Loading(jnp.dtype(jnp.float32))))
     shapes = {}
     for path, leaf in leaves:
@@ -154,7 +154,7 @@ def _whole_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 @functools.cache
 def _parts(config: ModelConfig) -> list[_Part]:
-    """Every part of every tensor that a checkpoint of this config must hold."""
+    """All parts of all tensors that a checkpoint of this config must hold."""
     shapes, parts = _whole_shapes(config), []
     for tensor, (layer, targets) in families.tensors(config).items():
         start = 0
@@ -168,7 +168,7 @@ def _parts(config: ModelConfig) -> list[_Part]:
 
 
 def check_tensors(config: ModelConfig, tensors: Tensors, source: str) -> None:
-    """Raise a `UserError` that lists all that is wrong with the set of tensors."""
+    """Raise a `UserError` that lists all problems with the set of tensors."""
     if config.layers > len(tensors.shapes):
         raise UserError(
             f"{source}: the tensors do not fit the model's config: it says {config.layers} layers, "
@@ -182,7 +182,7 @@ def check_tensors(config: ModelConfig, tensors: Tensors, source: str) -> None:
 
 
 def check_arrays(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], int8: bool, source: str) -> None:
-    """Raise a `UserError` that lists all that is wrong with the shapes of a whole model's stored parameters."""
+    """Raise a `UserError` that lists all problems with the shapes of a whole model's stored parameters."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(abstract_decoder(config, Loading(jnp.dtype(jnp.float32), int8)))
     expected = {parameter_name(path): leaf.shape for path, leaf in leaves}
     _refuse(_differences(expected, shapes), source)
@@ -206,7 +206,7 @@ def _refuse(problems: list[str], source: str) -> None:
 
 
 def _layers_joined(problems: list[str]) -> list[str]:
-    """Problems that differ in the layer's number only, as one."""
+    """Merge problems that differ only in the layer number into one."""
     layers: dict[str, list[str]] = {}
     for problem in problems:
         number = re.search(r"(?<=layers\.)\d+", problem)
@@ -219,7 +219,7 @@ def _bytes(part: _Part, tensors: Tensors) -> int:
 
 
 def _values(part: _Part, tensors: Tensors, leaf: jax.ShapeDtypeStruct) -> dict[str, jax.Array]:
-    """A part on its devices, as in the file: `values`, if int8 their `scales`, and whether all are `finite`."""
+    """Load a part onto its devices in the file's layout: `values`, `scales` if int8, and whether all are `finite`."""
     rows = part.stop - part.start
     step = max(1, _BLOCK_BYTES * rows // max(_bytes(part, tensors), 1))
     values = np.empty((rows, *tensors.shapes[part.tensor][1:]), leaf.dtype)
@@ -245,10 +245,10 @@ def _values(part: _Part, tensors: Tensors, leaf: jax.ShapeDtypeStruct) -> dict[s
 
 
 def _quantised(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows [out, in] as int8, symmetric with one scale for each: the largest magnitude becomes 127."""
+    """Rows [out, in] in symmetric int8, and one scale per row: its largest magnitude becomes 127."""
     wide = matrix.astype(np.float32)
     scales = np.abs(wide).max(axis=1) / _LARGEST_INT8
-    with np.errstate(invalid="ignore"):  # of a row that is not finite, its scale tells
+    with np.errstate(invalid="ignore"):  # a row that is not finite has a scale that is not finite
         return np.rint(wide / np.where(scales == 0, 1, scales)[:, None]).astype(np.int8), scales
 
 

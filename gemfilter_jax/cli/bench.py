@@ -15,17 +15,19 @@ from gemfilter_jax.parallel import processes
 FLAGS = flags.FlagValues()
 options.define_model(FLAGS)
 options.define_filter(FLAGS)
-options.define_order(FLAGS)
+options.define_options(FLAGS, ["order"])
 options.define_comparison(FLAGS, lengths=["1024", "2048", "4096"])
 options.define_distributed(FLAGS)
-flags.DEFINE_integer("max_new_tokens", 32, "Tokens that every run writes.", lower_bound=1, flag_values=FLAGS)
-flags.DEFINE_integer("repeats", 3, "Timed runs of each, after one to compile.", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer("max_new_tokens", 32, "Tokens that every run generates.", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer(
+    "repeats", 3, "Timed runs of each method, after one run to compile.", lower_bound=1, flag_values=FLAGS
+)
 
 _COLUMNS = ("method", "prompt", "kept", "filter s", "prefill s", "decode s", "total s", "full / this", "peak MB")
 
 
 def main(_: list[str]) -> None:
-    """The command."""
+    """Run the command."""
     if FLAGS.output and processes.is_first():
         files.check_writable(FLAGS.output, "output")
     lengths = options.lengths(FLAGS)

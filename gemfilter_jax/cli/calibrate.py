@@ -3,9 +3,9 @@
   gemfilter calibrate --model=smollm2 --output=preset.json --plot=recall.png
   gemfilter generate --preset=preset.json --prompt_file=book.txt --question="Who is the narrator?"
 
-Facts are hidden in texts and asked for; every head of the first layers is watched while the model reads. Weights of
-heads are learned on one set of texts and facts and judged on another. The table tells, for each layer, the share of
-facts that is kept; the earliest layer that meets the target becomes the preset, or the best one if none does.
+Facts are hidden in texts and asked for, and the attention of every head of the first layers is recorded. Head weights
+are learned on one set of texts and facts and measured on another. The table shows, for each layer, the share of facts
+that is kept. The preset takes the earliest layer that meets the target, or the best one if none does.
 """
 
 import pathlib
@@ -24,22 +24,32 @@ if TYPE_CHECKING:
 
 FLAGS = flags.FlagValues()
 options.define_model(FLAGS)
-flags.DEFINE_string("output", None, "Write the preset, a JSON file, here.", flag_values=FLAGS)
-flags.DEFINE_string("plot", None, "Draw recall by layer and budget here (needs matplotlib).", flag_values=FLAGS)
-flags.DEFINE_integer("keep", 512, "The budget to choose the layer for.", lower_bound=64, flag_values=FLAGS)
-flags.DEFINE_float("target", 0.97, "Share of facts to keep.", lower_bound=0, upper_bound=1, flag_values=FLAGS)
-flags.DEFINE_integer("layers", None, "Candidates; the first 11 of 20 if not given.", lower_bound=1, flag_values=FLAGS)
-flags.DEFINE_integer("tokens", 4096, "Of the texts to judge on.", lower_bound=512, flag_values=FLAGS)
-flags.DEFINE_integer("train", 60, "Questions to learn on.", lower_bound=1, flag_values=FLAGS)
-flags.DEFINE_integer("held_out", 62, "Questions to judge on.", lower_bound=1, flag_values=FLAGS)
-flags.DEFINE_integer("distractors", 2, "Facts like the asked one in each text.", lower_bound=0, flag_values=FLAGS)
+flags.DEFINE_string("output", None, "Write the preset to this JSON file.", flag_values=FLAGS)
+flags.DEFINE_string("plot", None, "Plot recall by layer and budget to this file; needs matplotlib.", flag_values=FLAGS)
+flags.DEFINE_integer(
+    "keep", 512, "Budget, in tokens, for which the layer is chosen.", lower_bound=64, flag_values=FLAGS
+)
+flags.DEFINE_float("target", 0.97, "Share of facts that must be kept.", lower_bound=0, upper_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer(
+    "layers", None, "Number of first layers to try. Default: 11 of 20.", lower_bound=1, flag_values=FLAGS
+)
+flags.DEFINE_integer(
+    "tokens", 4096, "Length of the texts that recall is measured on.", lower_bound=512, flag_values=FLAGS
+)
+flags.DEFINE_integer("train", 60, "Questions for learning.", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer("held_out", 62, "Questions for measuring.", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer(
+    "distractors", 2, "Facts in each text that look like the asked one.", lower_bound=0, flag_values=FLAGS
+)
 flags.DEFINE_string("texts", None, "Hide facts in the .txt and .md files of this folder.", flag_values=FLAGS)
-flags.DEFINE_integer("seed", 0, "Of facts, their places and the texts.", flag_values=FLAGS)
-options.define_filter_pass(FLAGS, attention="auto", precision="int8")
+flags.DEFINE_integer("seed", 0, "Random seed of facts, their places and texts.", flag_values=FLAGS)
+options.define_options(
+    FLAGS, ["filter_attention", "filter_precision"], filter_attention="auto", filter_precision="int8"
+)
 
 
 def main(_: list[str]) -> None:
-    """The command."""
+    """Run the command."""
     for name in ("output", "plot"):
         if getattr(FLAGS, name):
             files.check_writable(getattr(FLAGS, name), name)

@@ -1,9 +1,9 @@
-"""Ask one question after another of a long text, which is read once.
+"""Ask one question after another about a long text, which is read once.
 
   gemfilter chat --prompt_file=book.txt
 
-Questions come from standard input, a line each; an empty line or its end closes. Each is answered by itself, without
-what was asked before.
+Questions come from standard input, one a line; an empty line or the end of input closes. Each is answered by itself:
+earlier questions are not part of the prompt.
 """
 
 import sys
@@ -15,16 +15,16 @@ from gemfilter_jax.errors import UserError
 
 FLAGS = flags.FlagValues()
 options.define_model(FLAGS)
-options.define_prompt_file(FLAGS, otherwise="standard input is for questions")
+options.define_prompt_file(FLAGS, otherwise="Standard input is for questions.")
 options.define_rule(FLAGS)
 options.define_filter(FLAGS)
-options.define_order(FLAGS)
+options.define_options(FLAGS, ["order"])
 options.define_answer(FLAGS)
 options.define_document_cache(FLAGS)
 
 
 def main(_: list[str]) -> None:
-    """The command."""
+    """Run the command."""
     if FLAGS.prompt_file is None:
         raise UserError("no text; give --prompt_file=FILE (standard input is for questions)")
     text = options.read_prompt(FLAGS)
@@ -44,7 +44,7 @@ def main(_: list[str]) -> None:
         try:
             with terminal.reading_progress(console) as progress:
                 settings = options.answer_settings(FLAGS)
-                result = document.ask(question, on_text=terminal.write, progress=progress, **settings)
+                result = document.ask(question, on_text=terminal.writer(), progress=progress, **settings)
         except UserError as error:  # the next question may be better
             print(error, file=sys.stderr)
             continue

@@ -29,7 +29,8 @@ def run(main: Callable[[list[str]], None], values: flags.FlagValues, doc: str, *
 
     def parse(argv: list[str]) -> list[str]:
         if any(argument in ("-h", "-help", "--help") for argument in argv[1:]):
-            print(f"{doc.strip()}\n{values.get_help()}")
+            with _mistakes_told(argv[0]):
+                print(f"{doc.strip()}\n{values.get_help()}", flush=True)
             sys.exit(0)
         values.append_flag_values(flags.FLAGS)
         try:

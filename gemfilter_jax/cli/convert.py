@@ -1,9 +1,9 @@
-"""Write a model as an Orbax checkpoint, config and tokenizer inside, that loads straight onto many devices.
+"""Write a model as an Orbax checkpoint with config and tokenizer, which loads straight onto many devices.
 
   gemfilter convert --model=meta-llama/Llama-3.1-8B-Instruct --output=llama-3.1-8b --dtype=bfloat16
   gemfilter convert --model=llama-3.1-8b.Q8_0.gguf --output=llama-3.1-8b-int8 --weights=int8
 
-The folder is then a --model of every command.
+Every command takes the folder as --model.
 """
 
 import pathlib
@@ -16,11 +16,11 @@ from gemfilter_jax.errors import UserError
 
 FLAGS = flags.FlagValues()
 options.define_weights(FLAGS)
-flags.DEFINE_string("output", None, "The new folder.", flag_values=FLAGS)
+flags.DEFINE_string("output", None, "Folder to write.", flag_values=FLAGS)
 
 
 def main(_: list[str]) -> None:
-    """The command."""
+    """Run the command."""
     if FLAGS.output is None:
         raise UserError("no --output; give a new folder")
     folder = pathlib.Path(FLAGS.output)

@@ -5,6 +5,7 @@ gemfilter evaluate --lengths=32000 --keep=1024 --method=default
 gemfilter evaluate --questions=held_out --lengths=2048 --keep=512
 """
 
+import dataclasses
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -16,37 +17,32 @@ from gemfilter_jax.errors import UserError
 from gemfilter_jax.evals import summary
 from gemfilter_jax.evals.tasks import TASKS
 from gemfilter_jax.parallel import processes
+from gemfilter_jax.settings import Option
 
 if TYPE_CHECKING:  # commands parse their flags before they import JAX, so that a mistake is told at once
     from collections.abc import Mapping, Sequence
 
     from gemfilter_jax.evals.runner import Outcome
     from gemfilter_jax.evals.task import Task
-    from gemfilter_jax.methods.gemfilter.method import Method
+    from gemfilter_jax.methods.base import Method
 
-_DEFINE = {
-    bool: flags.DEFINE_bool,
-    float: flags.DEFINE_float,
-    int: flags.DEFINE_integer,
-    str: flags.DEFINE_string,
-}
 _SHARED_COLUMNS = ("method", "text tokens", "keep")
 
 
 def _define_tasks(values: flags.FlagValues) -> None:
-    """--questions, and a flag for each option of the tasks; tasks may have options of one name."""
+    """Define --questions, and a flag for each option of the tasks; tasks may share option names."""
     told = " ".join(f"{name}: {_first_paragraph(task)}" for name, task in TASKS.items())
     flags.DEFINE_enum("questions", next(iter(TASKS)), list(TASKS), f"The task. {told}", flag_values=values)
-    kinds: dict[str, type] = {}
+    shared: dict[str, Option] = {}
     helps: dict[str, list[str]] = {}
     for task in TASKS.values():
         for one in task.options():
-            kinds[one.name] = one.kind
+            shared[one.name] = dataclasses.replace(one, at_least=None, at_most=None)  # bounds are each task's own
             default = "" if one.default is None else f" Default: {one.default}."
             bounds = f" A number {one.range}." if one.range else ""
             helps.setdefault(one.name, []).append(f"{task.name}: {one.help}{bounds}{default}")
-    for name, kind in kinds.items():
-        _DEFINE[kind](name, None, " ".join(helps[name]), flag_values=values)
+    for name, one in shared.items():
+        options.define_option(values, dataclasses.replace(one, help=" ".join(helps[name])), None)
 
 
 def _first_paragraph(task: "type[Task]") -> str:
@@ -56,14 +52,14 @@ def _first_paragraph(task: "type[Task]") -> str:
 FLAGS = flags.FlagValues()
 options.define_model(FLAGS)
 options.define_filter(FLAGS)
-options.define_order(FLAGS)
+options.define_options(FLAGS, ["order"])
 options.define_comparison(FLAGS, lengths=["2048"])
 options.define_distributed(FLAGS)
 _define_tasks(FLAGS)
 
 
 def main(_: list[str]) -> None:
-    """The command."""
+    """Run the command."""
     if FLAGS.output and processes.is_first():
         files.check_writable(FLAGS.output, "output")
     lengths = options.lengths(FLAGS)
@@ -106,7 +102,7 @@ def _chosen_task() -> "Task":
     """The task of --questions with the options that were given.
 
     Raises:
-      UserError: an option is another task's, or out of bounds.
+      UserError: an option belongs to another task or is out of bounds.
     """
     chosen = TASKS[FLAGS.questions]
     own = {one.name: one for one in chosen.options()}
@@ -121,21 +117,18 @@ def _chosen_task() -> "Task":
                 f"give {' or '.join(f'--questions={other}' for other in others)} as well"
             )
         given[name] = FLAGS[name].value
-        own[name].check(given[name], f"--{name}={given[name]}")
+        own[name].check(given[name], f"--{name}={given[name]}: ")
     return chosen(**given)
 
 
 def _table(
     task: "Task", methods: "Mapping[str, Method]", outcomes: "Mapping[str, Sequence[Outcome]]"
 ) -> tuple[list[str], list[list[str]]]:
-    """The columns, and the cells of each method at each length that has been asked so far."""
-    from gemfilter_jax.evals import runner
-
+    """The columns, and the cells of each method at each length for which answers exist so far."""
     columns = task.columns or summary.columns_of(next(one.scores for own in outcomes.values() for one in own))
     rows = []
     for name, method in methods.items():
-        kept = runner.kept_tokens(method)
-        keep = "all" if kept is None else f"{kept:,}"
+        keep = "all" if method.budget is None else f"{method.budget:,}"
         for tokens, counted in summary.by_length(outcomes[name]).items():
             rows.append([name, f"{tokens:,}", keep, *(column.cell(counted) for column in columns)])
     return [*_SHARED_COLUMNS, *(column.heading for column in columns)], rows
@@ -152,7 +145,7 @@ def _result(
 
 
 def _fields(outcome: "Outcome") -> dict[str, Any]:
-    """An outcome in JSON."""
+    """The JSON fields of an outcome."""
     example = outcome.example
     return {
         "tokens": example.tokens,

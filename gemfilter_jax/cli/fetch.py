@@ -13,7 +13,7 @@ FLAGS = flags.FlagValues()
 
 
 def main(arguments: list[str]) -> None:
-    """The command."""
+    """Run the command."""
     from gemfilter_jax.checkpoints import embedded, hub
 
     name = arguments[0] if arguments else embedded.NAME

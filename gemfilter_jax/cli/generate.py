@@ -1,7 +1,7 @@
-"""Answer questions of a long text from the few tokens that the model's early layers pick.
+"""Answer questions about a long text from the few tokens that the model's early layers pick.
 
   gemfilter generate --prompt_file=book.txt --question="Who is the narrator?"
-  gemfilter generate --prompts=requests_file.jsonl --output=answers.jsonl
+  gemfilter generate --prompts=requests.jsonl --output=answers.jsonl
 
 The answer goes to standard output as it is written; tokens read and kept, layers run and seconds per stage go to
 standard error. JSON has prompt_tokens, kept_tokens, indices, spans (character offsets into the prompt), timings, text
@@ -17,9 +17,9 @@ prompt_file is relative to the folder of the requests; question and id, a string
 gets one line for each request, in their order: request (its line, from 1), of (a digest of that line), id if it has
 one, and then either the JSON above, with timings of the whole batch, or error. Request n draws with --seed + n - 1.
 
-The output grows by whole lines. After a run that was cut off the same command goes on behind the last of them. Lines
-that are there stay, whatever the flags and whether they tell an answer or an error; if their requests have changed
-since, the run is refused. More requests may be added at the end.
+The output grows by whole lines. If a run is cut off, the same command continues after the last of them. Existing lines
+stay, answers and errors alike, even if flags differ. If their requests have changed, the run is refused. More requests
+may be added at the end.
 """
 
 import dataclasses
@@ -41,36 +41,36 @@ from gemfilter_jax.serving import requests_file
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from gemfilter_jax.methods.gemfilter.method import GemFilter
+    from gemfilter_jax.methods.base import Method
     from gemfilter_jax.pipeline import Pipeline, Result
 
 FLAGS = flags.FlagValues()
 options.define_model(FLAGS)
-options.define_prompt_file(FLAGS, otherwise="standard input if not given")
+options.define_prompt_file(FLAGS, otherwise="Default: standard input.")
 options.define_kept_text(FLAGS)
 options.define_rule(FLAGS)
 options.define_filter(FLAGS)
-options.define_order(FLAGS)
+options.define_options(FLAGS, ["order"])
 options.define_answer(FLAGS)
 options.define_document_cache(FLAGS)
 options.define_distributed(FLAGS)
 flags.DEFINE_multi_string(
     "question",
     [],
-    "What to ask of the text, may be given several times; without it the text ends in its own question.",
+    "Question about the text; may be given several times. Default: the text ends in its question.",
     flag_values=FLAGS,
 )
-flags.DEFINE_string("prompts", None, "Many requests, a JSON object a line, in place of one.", flag_values=FLAGS)
-flags.DEFINE_string("output", None, "With --prompts: the file that their answers are added to.", flag_values=FLAGS)
+flags.DEFINE_string("prompts", None, "File with many requests, one JSON object a line.", flag_values=FLAGS)
+flags.DEFINE_string("output", None, "With --prompts: file that answers are appended to.", flag_values=FLAGS)
 flags.DEFINE_integer(
-    "batch", 8, "With --prompts: requests answered together; fewer need less memory.", lower_bound=1, flag_values=FLAGS
+    "batch", 8, "With --prompts: requests answered together. Fewer take less memory.", lower_bound=1, flag_values=FLAGS
 )
 _OF_ONE = ("prompt_file", "question", "format", "report", "show_kept", "document_cache")
 _OF_MANY = ("output", "batch")
 
 
 def main(_: list[str]) -> None:
-    """The command."""
+    """Run the command."""
     if FLAGS.prompts is None:
         _refuse(_OF_MANY, "needs --prompts")
         _answer_one_text()
@@ -135,16 +135,16 @@ def _answer_one_text() -> None:
     if len(FLAGS.question) > 1 or FLAGS.document_cache is not None:
         document = model.document(text, method=method, cache=FLAGS.document_cache)
         for question in FLAGS.question:
-            if FLAGS.format == "text" and processes.is_first():
-                print(f"{question}\n> " if len(FLAGS.question) > 1 else "", end="", flush=True)
+            if len(FLAGS.question) > 1 and FLAGS.format == "text" and processes.is_first():
+                print(question, flush=True)
             _answer(model, method, question, functools.partial(document.ask, question))
     else:
         question = FLAGS.question[0] if FLAGS.question else None
         _answer(model, method, question, functools.partial(model.generate, text, question, method=method))
 
 
-def _answer(model: "Pipeline", method: "GemFilter", question: str | None, ask: "Callable[..., Result]") -> None:
-    """Ask one question and print what becomes of it; `ask` takes the settings of the answer."""
+def _answer(model: "Pipeline", method: "Method", question: str | None, ask: "Callable[..., Result]") -> None:
+    """Ask one question and print the result; `ask` takes the settings of the answer."""
     as_json = FLAGS.format == "json"
     if not processes.is_first():
         ask(on_text=None if as_json else lambda _: None, **options.answer_settings(FLAGS))
@@ -152,8 +152,9 @@ def _answer(model: "Pipeline", method: "GemFilter", question: str | None, ask: "
 
     from gemfilter_jax.reporting import prompt_page, terminal
 
+    on_text = None if as_json else terminal.writer("> " if len(FLAGS.question) > 1 else "")
     with terminal.reading_progress(options.console()) as progress:
-        result = ask(on_text=None if as_json else terminal.write, progress=progress, **options.answer_settings(FLAGS))
+        result = ask(on_text=on_text, progress=progress, **options.answer_settings(FLAGS))
     if as_json:
         asked = {"question": question} if len(FLAGS.question) > 1 else {}
         print(json.dumps(result.fields | asked))

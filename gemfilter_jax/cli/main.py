@@ -1,10 +1,10 @@
 """gemfilter: long prompts answered from the few tokens that the model's own early layers pick.
 
-  gemfilter generate   answer a question of a long text
-  gemfilter chat       ask one question after another of a text that is read once
-  gemfilter select     print what would be kept of it
+  gemfilter generate   answer questions about a long text
+  gemfilter chat       ask one question after another about a text that is read once
+  gemfilter select     print what is kept of a text
   gemfilter bench      time full attention against GemFilter on this device
-  gemfilter evaluate   count right answers on hidden facts
+  gemfilter evaluate   score methods on questions about long texts
   gemfilter calibrate  find the layer and heads that pick best in a model, and write them as a preset
   gemfilter fetch      get a model
   gemfilter convert    write a model as a checkpoint that loads straight onto many devices

@@ -1,94 +1,100 @@
 """Flags that several commands share, and what is made of them."""
 
 import contextlib
-import dataclasses
 import pathlib
 import sys
 from typing import TYPE_CHECKING, Any
 
-from absl import flags, logging
+from absl import flags
 
-from gemfilter_jax import files
+from gemfilter_jax import files, methods
 from gemfilter_jax.errors import UserError
+from gemfilter_jax.methods.base import Method
+from gemfilter_jax.methods.gemfilter.method import GemFilter
 from gemfilter_jax.parallel import processes
+from gemfilter_jax.settings import Option
 
 if TYPE_CHECKING:  # commands parse their flags before they import JAX, so that a mistake is told at once
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from rich.console import Console
 
     from gemfilter_jax.config import ModelConfig
-    from gemfilter_jax.methods.gemfilter.method import GemFilter, Method
     from gemfilter_jax.methods.presets import Preset
     from gemfilter_jax.pipeline import KeptText, Pipeline, Result
 
-_METHODS = ("full", "default", "paper")
-_ALL_METHODS = (*_METHODS, "uncalibrated")
+_COMPARED = ("full", "default", "paper")
+_FILTER_OPTIONS = ("filter_layer", "filter_attention", "filter_precision", "band", "first_tokens")
 
 
 def define_weights(values: flags.FlagValues) -> None:
-    """--model and how to hold its weights."""
-    flags.DEFINE_string("model", "smollm2", "A model folder, a .gguf file, a hub id, or smollm2.", flag_values=values)
+    """Define --model, --dtype and --weights."""
+    flags.DEFINE_string(
+        "model", "smollm2", "Model: a folder, a .gguf file, a Hugging Face hub id, or smollm2.", flag_values=values
+    )
     flags.DEFINE_enum(
         "dtype",
         "auto",
         ["auto", "float32", "bfloat16"],
-        "Of weights and activations; auto is bfloat16 on accelerators, float32 on CPU.",
+        "Type of weights and activations. auto: bfloat16 on accelerators, float32 on CPU.",
         flag_values=values,
     )
     flags.DEFINE_enum(
         "weights",
         "float",
         ["float", "int8"],
-        "How matrices are held; int8 takes about half the bytes of bfloat16.",
+        "Storage of weight matrices. int8 takes about half the memory of bfloat16.",
         flag_values=values,
     )
 
 
 def define_model(values: flags.FlagValues) -> None:
-    """--model and how to load and address it."""
+    """Define --model and the flags for loading and prompting the model."""
     define_weights(values)
     flags.DEFINE_bool("chat_template", True, "Wrap prompts in the model's chat template.", flag_values=values)
     flags.DEFINE_string(
         "message_format",
         None,
-        "How text and question become one message; holds {text} once and {question} after it.",
+        "Message made of text and question: {text} once, then {question}; {question} may also come before.",
         flag_values=values,
     )
     flags.DEFINE_enum(
         "attention",
         "auto",
         ["auto", "xla", "splash", "cudnn"],
-        "What computes attention to prompts: xla anywhere, splash on TPU, cudnn on GPU; auto is the first that serves.",
+        "Implementation of prompt attention: xla on any device, splash on TPU, cudnn on GPU. auto: splash or cudnn "
+        "where they support the model, else xla.",
         flag_values=values,
     )
     flags.DEFINE_string(
         "mesh",
         "auto",
-        "How devices share the work, as data:N,seq:N,model:N: batches, long prompts, and the model's heads and MLP are "
-        "cut into so many parts; auto takes all devices, as few for the model as hold it.",
+        "Device mesh, as data:N,seq:N,model:N: shards of the batch, of long prompts, and of the model's heads and MLP. "
+        "auto: all devices, the fewest of them for the model that can hold it.",
         flag_values=values,
     )
 
 
 def define_distributed(values: flags.FlagValues) -> None:
-    """How several processes become one run; `command.run` joins them."""
+    """Define the flags that make several processes one run; `command.run` joins the processes."""
     flags.DEFINE_bool(
         "distributed",
         False,
-        "Be one process of a run of several, told by the environment (TPU VM pods, Slurm, Open MPI, Kubernetes).",
+        "Run as one of several processes, configured by the environment (TPU VM pods, Slurm, Open MPI, Kubernetes).",
         flag_values=values,
     )
-    flags.DEFINE_string("coordinator", None, "HOST:PORT where the first of several listens.", flag_values=values)
-    flags.DEFINE_integer("processes", None, "How many processes there are.", lower_bound=1, flag_values=values)
-    flags.DEFINE_integer("process", None, "Which one this is, counted from 0.", lower_bound=0, flag_values=values)
+    flags.DEFINE_string(
+        "coordinator", None, "HOST:PORT where the first of several processes listens.", flag_values=values
+    )
+    flags.DEFINE_integer("processes", None, "Number of processes.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("process", None, "Number of this process, counted from 0.", lower_bound=0, flag_values=values)
 
 
 def joined(values: flags.FlagValues) -> contextlib.AbstractContextManager[None]:
-    """The run that the flags of `define_distributed` tell of, if there are any.
+    """Join the run that the flags of `define_distributed` describe; do nothing without these flags.
 
     Raises:
-      UserError: they do not fit together.
+      UserError: the flags are incomplete or contradict each other.
     """
     names = ("coordinator", "processes", "process")
     given: dict[str, Any] = {name: values[name].value for name in names if name in values}
@@ -111,15 +117,15 @@ def joined(values: flags.FlagValues) -> contextlib.AbstractContextManager[None]:
 
 
 def define_filter(values: flags.FlagValues) -> None:
-    """--preset, --keep, --filter_layer, and how the layers before it read."""
+    """Define --preset, --keep, --filter_layer, and the flags for the layers below the filter layer."""
     flags.DEFINE_string(
-        "preset", None, "Filter settings of the model, a JSON file; those built in if not given.", flag_values=values
+        "preset", None, "JSON file with the model's filter settings. Default: built in.", flag_values=values
     )
     flags.DEFINE_string(
         "keep",
         None,
-        "Tokens to keep; auto is as many as hold a share of the score, up to the preset's number. The preset's choice "
-        "if not given.",
+        "Tokens to keep. auto: as many as hold a share of the score, at most the preset's number. Default: the "
+        "preset's choice.",
         flag_values=values,
     )
     flags.register_validator(
@@ -128,92 +134,81 @@ def define_filter(values: flags.FlagValues) -> None:
         message="expected auto or a whole number of at least 1",
         flag_values=values,
     )
-    flags.DEFINE_integer(
-        "filter_layer",
-        None,
-        "The layer that picks, from 0; the model's preset if not given.",
-        lower_bound=0,
-        flag_values=values,
-    )
-
-    define_filter_pass(values, attention=None, precision=None)
-    flags.DEFINE_integer("band", None, "Keys before each row that tri_shape sees.", lower_bound=1, flag_values=values)
-    flags.DEFINE_integer("first_tokens", None, "First keys that tri_shape sees.", lower_bound=0, flag_values=values)
+    define_options(values, _FILTER_OPTIONS)
 
 
-def define_order(values: flags.FlagValues) -> None:
-    """--order, for commands that answer from what was kept."""
-    flags.DEFINE_enum(
-        "order",
-        None,
-        ["text", "best_last"],
-        "Of the kept passages before the model that answers: as in the text, or the best next to the question; the "
-        "preset's if not given.",
-        flag_values=values,
-    )
+def define_options(values: flags.FlagValues, names: "Sequence[str]", **defaults: str) -> None:
+    """Define flags for some options of GemFilter; options without a default here take the preset's value."""
+    own = {one.name: one for one in GemFilter.options()}
+    for name in names:
+        define_option(values, own[name], defaults.get(name), "" if name in defaults else " Default: the preset's.")
 
 
-def define_filter_pass(values: flags.FlagValues, *, attention: str | None, precision: str | None) -> None:
-    """--filter_attention and --filter_precision, with their defaults; None for the preset's."""
-    flags.DEFINE_enum(
-        "filter_precision",
-        precision,
-        ["float", "int8"],
-        "Of the matrix products of the layers before the one that picks; float is the model's own.",
-        flag_values=values,
-    )
-    flags.DEFINE_enum(
-        "filter_attention",
-        attention,
-        ["auto", "dense", "tri_shape"],
-        "Of the layers before the one that picks: tri_shape is linear in the prompt; auto is that for long prompts.",
-        flag_values=values,
-    )
+def define_option(values: flags.FlagValues, one: Option, default: Any, ending: str = "") -> None:
+    """Define a flag for an option; `ending` is appended to its help."""
+    told = f"{one.help}{ending}"
+    if one.choices:
+        flags.DEFINE_enum(one.name, default, list(one.choices), told, flag_values=values)
+    elif one.kind is bool:
+        flags.DEFINE_bool(one.name, default, told, flag_values=values)
+    elif one.kind is str:
+        flags.DEFINE_string(one.name, default, told, flag_values=values)
+    else:
+        define: Any = flags.DEFINE_integer if one.kind is int else flags.DEFINE_float
+        define(one.name, default, told, lower_bound=one.at_least, upper_bound=one.at_most, flag_values=values)
 
 
 def define_rule(values: flags.FlagValues) -> None:
-    """--rule."""
-    flags.DEFINE_enum("rule", "default", ["default", "paper"], "How tokens are picked.", flag_values=values)
+    """Define --rule."""
+    flags.DEFINE_enum(
+        "rule", "default", ["default", "paper"], "Selection rule: this project's, or the paper's.", flag_values=values
+    )
 
 
 def define_prompt_file(values: flags.FlagValues, otherwise: str) -> None:
-    """--prompt_file, and what happens without it."""
-    flags.DEFINE_string("prompt_file", None, f"The long text; {otherwise}.", flag_values=values)
+    """Define --prompt_file; `otherwise` is help for runs without it."""
+    flags.DEFINE_string("prompt_file", None, f"File with the long text. {otherwise}", flag_values=values)
 
 
 def define_kept_text(values: flags.FlagValues) -> None:
-    """What to make of the kept text."""
-    flags.DEFINE_enum("format", "text", ["text", "json"], "Of what is printed.", flag_values=values)
+    """Define --format and --report."""
+    flags.DEFINE_enum("format", "text", ["text", "json"], "Output format.", flag_values=values)
     flags.DEFINE_string(
         "report", None, "Write an HTML page with the kept passages highlighted to this file.", flag_values=values
     )
 
 
 def define_answer(values: flags.FlagValues) -> None:
-    """How answers are written, and --show_kept."""
-    flags.DEFINE_integer("max_new_tokens", 128, "Tokens to write at most.", lower_bound=1, flag_values=values)
-    flags.DEFINE_float("temperature", 0.0, "0 is greedy.", lower_bound=0.0, flag_values=values)
+    """Define the flags for generating answers, and --show_kept."""
+    flags.DEFINE_integer("max_new_tokens", 128, "Longest answer, in tokens.", lower_bound=1, flag_values=values)
+    flags.DEFINE_float(
+        "temperature",
+        0.0,
+        "Sampling temperature; 0 always takes the likeliest token.",
+        lower_bound=0.0,
+        flag_values=values,
+    )
     flags.DEFINE_integer(
-        "top_k", 0, "Draw among this many likeliest tokens; 0 is all.", lower_bound=0, flag_values=values
+        "top_k", 0, "Sample among this many likeliest tokens; 0 for all.", lower_bound=0, flag_values=values
     )
     flags.DEFINE_float(
         "top_p",
         1.0,
-        "Draw among the fewest tokens that hold this share.",
+        "Sample among the fewest tokens whose probabilities add up to this.",
         lower_bound=0.0,
         upper_bound=1.0,
         flag_values=values,
     )
-    flags.DEFINE_integer("seed", 0, "Of the draws.", lower_bound=0, flag_values=values)
+    flags.DEFINE_integer("seed", 0, "Sampling seed.", lower_bound=0, flag_values=values)
     flags.DEFINE_bool("show_kept", False, "Show the kept passages, highlighted, on standard error.", flag_values=values)
 
 
 def define_document_cache(values: flags.FlagValues) -> None:
-    """--document_cache."""
+    """Define --document_cache."""
     flags.DEFINE_string(
         "document_cache",
         None,
-        "Keep what was read of the text in this folder, so that later questions need not read it again.",
+        "Folder for what was read of the text, so that later runs need not read it again.",
         flag_values=values,
     )
 
@@ -227,15 +222,22 @@ def answer_settings(values: flags.FlagValues) -> dict[str, Any]:
 
 
 def define_comparison(values: flags.FlagValues, lengths: list[str]) -> None:
-    """--method, --lengths and --output of commands that compare."""
+    """Define --method, the options of methods, --lengths and --output, for commands that compare methods."""
     flags.DEFINE_multi_enum(
         "method",
-        list(_METHODS),
-        _ALL_METHODS,
-        "What to compare, may be given several times; uncalibrated: the default rule, the paper's layer, all heads.",
+        list(_COMPARED),
+        list(methods.VARIANTS),
+        "Method to compare, may be given several times. default and paper are GemFilter by the preset and as "
+        "published; uncalibrated is the default rule at the paper's layer, with all heads alike.",
         flag_values=values,
     )
-    flags.DEFINE_list("lengths", lengths, "Tokens of text, several with commas.", flag_values=values)
+    for method in methods.METHODS:
+        if method is not GemFilter:
+            for one in method.options():
+                if one.name not in values:
+                    name = " and ".join(method.variants)
+                    define_option(values, one, None, f" Of {name}. Default: {one.default}.")
+    flags.DEFINE_list("lengths", lengths, "Lengths of the texts in tokens, separated by commas.", flag_values=values)
     flags.DEFINE_string("output", None, "Write the result as JSON to this file.", flag_values=values)
 
 
@@ -243,7 +245,7 @@ def read_prompt(values: flags.FlagValues) -> str:
     """The prompt's text.
 
     Raises:
-      UserError: there is none, or it is not UTF-8.
+      UserError: the prompt is missing, empty, or not UTF-8.
     """
     if values.prompt_file is None:
         if sys.stdin.isatty():
@@ -259,7 +261,7 @@ def read_prompt(values: flags.FlagValues) -> str:
 
 
 def console() -> "Console":
-    """Standard error, where progress is shown; silent in all but the first of several processes."""
+    """The console of standard error, for progress; silent in all but the first of several processes."""
     from rich.console import Console
 
     return Console(stderr=True, quiet=not processes.is_first())
@@ -274,12 +276,11 @@ def load_pipeline(
     """Load --model onto --mesh.
 
     Args:
-      layers: how many first layers are enough, without an LM head; None for the whole model.
-      many_prompts: rather cut batches than prompts.
+      layers: gives the number of first layers to load, without an LM head; None for the whole model.
+      many_prompts: prefer sharding the batch to sharding prompts.
     """
     from gemfilter_jax import checkpoints, pipeline
     from gemfilter_jax.methods import presets
-    from gemfilter_jax.parallel import sharding
     from gemfilter_jax.reporting import terminal
     from gemfilter_jax.text import prompt
 
@@ -289,15 +290,14 @@ def load_pipeline(
     else:
         preset = presets.preset_for(opened.config)
     filter_layers = min(layers(preset, opened.config), opened.config.layers) if layers else None
-    held = {"dtype": values.dtype, "weights": values.weights, "filter_layers": filter_layers}
-    mesh = checkpoints.mesh_for(opened, values.mesh, many_prompts=many_prompts, **held)
-    if mesh is not None:
-        logging.info("mesh: %s", sharding.shape_of(mesh))
     with terminal.loading_progress(console()) as progress:
         return pipeline.load(
             opened,
-            **held,
-            mesh=mesh,
+            dtype=values.dtype,
+            weights=values.weights,
+            filter_layers=filter_layers,
+            mesh=values.mesh,
+            many_prompts=many_prompts,
             preset=preset,
             chat_template=values.chat_template,
             message_format=values.message_format or prompt.MESSAGE_FORMAT,
@@ -306,27 +306,20 @@ def load_pipeline(
         )
 
 
-def chosen_method(values: flags.FlagValues, model: "Pipeline") -> "GemFilter":
-    """--rule, --keep and --filter_layer over the model's preset; says so where the model has none."""
+def chosen_method(values: flags.FlagValues, model: "Pipeline") -> Method:
+    """The method of --rule with the given flags over the model's preset; prints a note if the model has no preset."""
     if model.preset.name == "none" and values.filter_layer is None and processes.is_first():
         print(model.preset.source, file=sys.stderr)
-    return _method(values, model, values.rule)
+    return methods.make(values.rule, model.preset, **_given(values))
 
 
-def _method(values: flags.FlagValues, model: "Pipeline", name: str) -> "GemFilter":
-    rule = "default" if name == "uncalibrated" else name
-    method = model.method(rule, keep=_keep(values), filter_layer=values.filter_layer)
-    if name == "uncalibrated":
-        layer = model.preset.paper_layer if values.filter_layer is None else values.filter_layer
-        method = dataclasses.replace(method, filter_layer=layer, head_weights=None)
-    names = ("filter_attention", "band", "first_tokens", "filter_precision", "order")
+def _given(values: flags.FlagValues) -> dict[str, Any]:
+    """The options of methods that were given as flags."""
+    names = {one.name for method in methods.METHODS for one in method.options()}
     given = {name: values[name].value for name in names if name in values and values[name].value is not None}
-    return dataclasses.replace(method, **given)
-
-
-def _keep(values: flags.FlagValues) -> Any:
-    """--keep as `Pipeline.method` takes it."""
-    return values.keep if values.keep in (None, "auto") else int(values.keep)
+    if (keep := given.get("keep")) is not None and keep != "auto":
+        given["keep"] = int(keep)
+    return given
 
 
 def lengths(values: flags.FlagValues) -> list[int]:
@@ -337,15 +330,13 @@ def lengths(values: flags.FlagValues) -> list[int]:
     return [int(length) for length in values.lengths]
 
 
-def compared_methods(values: flags.FlagValues, model: "Pipeline") -> dict[str, "Method"]:
-    """--method, each with the flags of `define_filter` where it has them."""
-    from gemfilter_jax.methods.gemfilter.method import Full
-
-    return {name: Full() if name == "full" else _method(values, model, name) for name in values.method}
+def compared_methods(values: flags.FlagValues, model: "Pipeline") -> dict[str, Method]:
+    """The methods of --method by name, each with the flags that apply to it."""
+    return {name: methods.make(name, model.preset, **_given(values)) for name in values.method}
 
 
-def tell_kept(values: flags.FlagValues, model: "Pipeline", method: "GemFilter", result: "Result") -> None:
-    """After an answer, on standard error: the kept passages if --show_kept, and the closing lines."""
+def tell_kept(values: flags.FlagValues, model: "Pipeline", method: Method, result: "Result") -> None:
+    """Print the kept passages, if --show_kept, and the closing lines of an answer on standard error."""
     from rich.console import Console
 
     from gemfilter_jax.reporting import terminal
@@ -356,8 +347,8 @@ def tell_kept(values: flags.FlagValues, model: "Pipeline", method: "GemFilter", 
     print(terminal.closing_lines(result.selection, layers, result.timings), file=sys.stderr)
 
 
-def layers_run(model: "Pipeline", method: "GemFilter", kept: "KeptText") -> str:
-    """How much of the model stage 1 ran, for people."""
+def layers_run(model: "Pipeline", method: Method, kept: "KeptText") -> str:
+    """The layers that stage 1 ran, in words."""
     if kept.kept_tokens == kept.prompt_tokens:
         return "nothing to filter"
-    return f"layers 0 to {method.filter_layer} of {model.checkpoint.model.config.layers} picked"
+    return method.work(model.checkpoint.model.config)

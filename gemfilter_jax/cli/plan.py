@@ -1,9 +1,10 @@
-"""Tell whether a model, a prompt and some devices fit together: bytes, FLOPs and seconds, with no weights at hand.
+"""Tell whether a prompt fits on some devices, and what it takes: bytes, FLOPs and seconds. No weights are needed.
 
   gemfilter plan --model=llama-3.1-8b --tokens=131072 --topology=v5e:2x4
   gemfilter plan --model=folder/config.json --tokens=65536 --topology=cpu:4 --mesh=seq:4 --format=json
 
-The programs of both stages are compiled for the topology, by libtpu for TPU chips, which need not be there.
+The programs of both stages are compiled for the topology. The chips need not be present: libtpu compiles for TPUs on
+any machine.
 """
 
 import dataclasses
@@ -24,30 +25,25 @@ FLAGS = flags.FlagValues()
 flags.DEFINE_string(
     "model",
     None,
-    "A published model such as llama-3.1-8b, a config.json, or what other commands take; weights are not read.",
+    "A published model such as llama-3.1-8b, a config.json, or a --model of other commands; weights are not read.",
     flag_values=FLAGS,
 )
-flags.DEFINE_enum("weights", "float", ["float", "int8"], "How matrices are held.", flag_values=FLAGS)
-flags.DEFINE_integer("tokens", None, "Of the prompt.", lower_bound=2, flag_values=FLAGS)
-flags.DEFINE_integer("batch", 1, "Prompts at once.", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_enum("weights", "float", ["float", "int8"], "Storage of weight matrices.", flag_values=FLAGS)
+flags.DEFINE_integer("tokens", None, "Length of the prompt.", lower_bound=2, flag_values=FLAGS)
+flags.DEFINE_integer("batch", 1, "Prompts at a time.", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_string("topology", None, "Chips, such as v5e:2x4 or v5p:2x2x2, or cpu:8.", flag_values=FLAGS)
 flags.DEFINE_string(
-    "topology", None, "Chips and how they are wired, such as v5e:2x4 or v5p:2x2x2; or cpu:8.", flag_values=FLAGS
+    "mesh", None, "Device mesh, such as data:1,seq:4,model:2. Default: the first that fits.", flag_values=FLAGS
 )
-flags.DEFINE_string(
-    "mesh", None, "How it is cut, such as data:1,seq:4,model:2; the first that fits if not given.", flag_values=FLAGS
-)
-flags.DEFINE_integer("keep", None, "Tokens to keep; the preset's if not given.", lower_bound=1, flag_values=FLAGS)
-flags.DEFINE_integer(
-    "filter_layer", None, "The layer that picks; the preset's if not given.", lower_bound=0, flag_values=FLAGS
-)
-options.define_filter_pass(FLAGS, attention=None, precision=None)
-flags.DEFINE_integer("max_new_tokens", 128, "Tokens to write.", lower_bound=2, flag_values=FLAGS)
-flags.DEFINE_enum("format", "text", ["text", "json"], "Of what is printed.", flag_values=FLAGS)
+flags.DEFINE_integer("keep", None, "Tokens to keep. Default: the preset's.", lower_bound=1, flag_values=FLAGS)
+options.define_options(FLAGS, ["filter_layer", "filter_attention", "filter_precision"])
+flags.DEFINE_integer("max_new_tokens", 128, "Longest answer, in tokens.", lower_bound=2, flag_values=FLAGS)
+flags.DEFINE_enum("format", "text", ["text", "json"], "Output format.", flag_values=FLAGS)
 flags.DEFINE_string("output", None, "Write the plan as JSON to this file.", flag_values=FLAGS)
 
 
 def main(_: list[str]) -> None:
-    """The command."""
+    """Run the command."""
     for name in ("model", "tokens", "topology"):
         if FLAGS[name].value is None:
             raise UserError(f"no --{name}; see --help")

@@ -23,18 +23,18 @@ if TYPE_CHECKING:
 
 FLAGS = flags.FlagValues()
 options.define_model(FLAGS)
-options.define_prompt_file(FLAGS, otherwise="standard input if not given")
+options.define_prompt_file(FLAGS, otherwise="Default: standard input.")
 options.define_kept_text(FLAGS)
 options.define_rule(FLAGS)
 options.define_filter(FLAGS)
 options.define_distributed(FLAGS)
 flags.DEFINE_string(
-    "question", None, "What to ask of the text; without it the text ends in its own question.", flag_values=FLAGS
+    "question", None, "Question about the text. Default: the text ends in its question.", flag_values=FLAGS
 )
 
 
 def main(_: list[str]) -> None:
-    """The command."""
+    """Run the command."""
     text = options.read_prompt(FLAGS)
     if FLAGS.report and processes.is_first():
         files.check_writable(FLAGS.report, "report")

@@ -1,4 +1,4 @@
-"""Seconds and memory of full attention and of GemFilter, side by side in one process."""
+"""Time and memory of full attention and of GemFilter, measured side by side in one process."""
 
 import dataclasses
 import importlib.metadata
@@ -12,11 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 import jax
 
 from gemfilter_jax.evals.tasks.needles import Needles
-from gemfilter_jax.methods.gemfilter.method import Method
+from gemfilter_jax.methods.base import Method
 from gemfilter_jax.pipeline import Pipeline
 from gemfilter_jax.timing import COMPILE
 
-_CLEAR_PEAK = "5"  # what proc(5) wants in clear_refs to reset the peak resident set
+_CLEAR_PEAK = "5"  # written to clear_refs, this resets the peak resident set; see proc(5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Row:
 
     Attributes:
       seconds: median over the repeats, by stage.
-      total: median over the repeats of all stages but compilation.
-      ratio: median over the repeats of full attention's total by this one's; None where full attention did not run.
+      total: median over the repeats of the sum of all stages but compilation.
+      ratio: median over the repeats of full attention's total divided by this method's; None without full attention.
       peak_bytes: see `peak_memory`.
     """
 
@@ -40,7 +40,7 @@ class Row:
 
 
 def environment() -> dict[str, str]:
-    """What a result file must say of where it was made."""
+    """The hardware and library versions that a result file must state."""
     return {
         "device": jax.devices()[0].device_kind,
         "devices": str(jax.device_count()),
@@ -57,10 +57,10 @@ def environment() -> dict[str, str]:
 def run(
     model: Pipeline, methods: Mapping[str, Method], lengths: Sequence[int], *, new_tokens: int, repeats: int
 ) -> Iterator[list[Row]]:
-    """For each prompt length, the rows of all methods; "full" among them is the base of the ratios.
+    """For each prompt length, the rows of all methods; ratios compare "full" with each method.
 
-    Each method runs once to compile, then all of them in turn, `repeats` times, so that a machine's drift meets all
-    alike. Answers do not stop early: every run writes `new_tokens`.
+    Each method runs once to compile. Then all methods run in turn, `repeats` times, so that drift of the machine
+    affects them equally. Answers do not stop early: every run generates `new_tokens` tokens.
     """
     endless = dataclasses.replace(model, checkpoint=dataclasses.replace(model.checkpoint, stop_tokens=()))
     for length in lengths:
@@ -99,7 +99,7 @@ def _total(result) -> float:
 
 
 def peak_memory() -> int:
-    """Peak bytes: on CPU the process's resident set since the last reset, on accelerators the device's so far."""
+    """Peak bytes: on CPU, the process's resident set since the last reset; on accelerators, device memory so far."""
     if _resident():
         status = pathlib.Path("/proc/self/status").read_text()
         line = next(line for line in status.splitlines() if line.startswith("VmHWM"))

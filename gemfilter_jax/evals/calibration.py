@@ -1,7 +1,9 @@
-"""Which layer and heads of a model find facts: measured on hidden facts, learned with optax, written as a preset.
+"""Calibration: finds the layer and the heads of a model that pick hidden facts, and makes a preset of them.
 
-A document passes once through the candidate layers; of every head the score of each chunk is recorded. Weights of heads
-are then learned on one set of documents and judged on another. Axes: N documents, L layers, H heads, C chunks.
+Each document passes once through the candidate layers, and the score of each chunk by each head is recorded. Head
+weights are then learned with optax on one set of documents and measured on another.
+
+Axes: N documents, L layers, H heads, C chunks.
 """
 
 import dataclasses
@@ -19,7 +21,7 @@ from gemfilter_jax.evals.runner import WHOLE
 from gemfilter_jax.evals.summary import wilson
 from gemfilter_jax.evals.task import Example
 from gemfilter_jax.evals.tasks import hidden_facts
-from gemfilter_jax.generate import programs
+from gemfilter_jax.generate import loop
 from gemfilter_jax.methods.gemfilter import scoring_pass, segments, selection
 from gemfilter_jax.methods.gemfilter.method import FilterAttention, FilterPrecision, GemFilter
 from gemfilter_jax.methods.presets import AUTO_SHARE, Preset
@@ -29,23 +31,23 @@ from gemfilter_jax.text.prompt import encode
 
 _STEPS = 300
 _LEARNING_RATE = 0.1
-_SPARSITY = 0.02  # of the loss, for each head at its full share: heads that add nothing end at 0
-_SMALLEST_SHARE = 0.03  # a head that adds less than this to the chunks' scores is dropped
+_SPARSITY = 0.02  # weight of the sparsity penalty in the loss; it drives heads that add nothing to 0
+_SMALLEST_SHARE = 0.03  # heads with a smaller share of the chunk scores are dropped
 _EMPTY = 1e-9  # keeps logarithms of scores finite
-_MASKED = -1e9  # finite, so that gradients are
+_MASKED = -1e9  # finite, so that gradients stay finite
 
-_rank = jax.jit(selection.rank, static_argnames=("pooling", "kernel"))
+_rank = jax.jit(selection.rank, static_argnames=("pooling", "pool_size"))
 
 
 @dataclasses.dataclass(frozen=True)
 class Recorded:
-    """One document with a question.
+    """The recorded scores of one document with a question.
 
     Attributes:
-      scores: float32 [L, H, C], of each chunk by each head alone.
-      sizes: int [C], tokens of each chunk.
-      facts: bool [F, C], the chunks that hold each of the F asked facts.
-      required: tokens that are kept besides.
+      scores: float32 [L, H, C], score of each chunk by each head alone.
+      sizes: int [C], tokens in each chunk.
+      facts: bool [F, C], the chunks that hold each of the F facts in question.
+      required: number of prefix and suffix tokens, which are always kept.
     """
 
     scores: np.ndarray
@@ -55,33 +57,32 @@ class Recorded:
 
 
 def record(model: Pipeline, example: Example, method: GemFilter, layers: int) -> Recorded:
-    """What every head of the first `layers` layers scores in an example.
+    """Record the chunk scores of every head of the first `layers` layers in an example.
 
     Args:
-      example: no longer than the model's context.
-      method: its window, pooling, chunks, attention and precision are used.
+      example: must fit the model's context.
+      method: sets the observation window, pooling, chunks, attention and precision.
     """
     prompt = encode(
         model.checkpoint.tokenizer,
         example.text,
         example.question,
-        window=method.window,
+        observation_rows=method.observation_rows,
         chat_template=model.chat_template,
         message_format=model.message_format,
     )
     width = bucket(len(prompt))
     rows = sharding.evenly([prompt], sharding.shape_of(model.checkpoint.model.mesh).rows)
-    ids, lengths = scoring_pass.pad([row.ids for row in rows], width)
-    tails = np.array([row.suffix_length for row in rows], np.int32)
-    of_rows = programs.score_heads(
-        scoring_pass.filtering(model.checkpoint.model, method),
-        ids,
-        lengths,
-        jnp.asarray(tails),
-        layers=layers,
-        window=method.window,
-        normalisation=method.normalisation,
-        pattern=scoring_pass.pattern(method, len(prompt) - prompt.prefix_length - prompt.suffix_length, tails),
+    ids, lengths = loop.pad([row.ids for row in rows], width)
+    suffix_lengths = np.array([row.suffix_length for row in rows], np.int32)
+    scoring = scoring_pass.ScoringPass.of(
+        method,
+        model.checkpoint.model.config.heads,
+        document=len(prompt) - prompt.prefix_length - prompt.suffix_length,
+        suffix_lengths=suffix_lengths,
+    )
+    of_rows = scoring_pass.score_heads(
+        model.checkpoint.model, ids, lengths, jnp.asarray(suffix_lengths), scoring, layers=layers
     )
     scores = collectives.to_host(of_rows)[:, 0].reshape(-1, width)
     numbers = np.full(width, len(prompt))
@@ -97,7 +98,7 @@ def record(model: Pipeline, example: Example, method: GemFilter, layers: int) ->
         jnp.broadcast_to(lengths[:1], len(scores)),
         required=for_each_head(required),
         pooling=method.pooling,
-        kernel=method.kernel,
+        pool_size=method.pool_size,
         chunks=for_each_head(numbers),
     )
     free = np.flatnonzero(~required)
@@ -112,18 +113,18 @@ def record(model: Pipeline, example: Example, method: GemFilter, layers: int) ->
 
 
 def _holders(starts: np.ndarray, ends: np.ndarray, span: tuple[int, int]) -> np.ndarray:
-    """bool [C], the chunks without which too little of a fact is kept to count as whole."""
+    """bool [C], chunks that hold more than 1 - `WHOLE` of a fact, so that the fact is not kept without them."""
     overlap = np.maximum(np.minimum(ends, span[1]) - np.maximum(starts, span[0]), 0)
     return overlap > (1 - WHOLE) * (span[1] - span[0])
 
 
 @dataclasses.dataclass(frozen=True)
 class HeadSet:
-    """Heads and what they weigh.
+    """Heads and their weights.
 
     Attributes:
-      layers, heads: of each.
-      weights: above 0, the largest 1.
+      layers, heads: layer and index of each head.
+      weights: weight of each head, above 0; the largest is 1.
     """
 
     layers: tuple[int, ...]
@@ -131,7 +132,7 @@ class HeadSet:
     weights: tuple[float, ...]
 
     def scores(self, recorded: Recorded) -> np.ndarray:
-        """float32 [C], of each chunk."""
+        """float32 [C], the weighted score of each chunk."""
         return np.asarray(self.weights, np.float32) @ recorded.scores[list(self.layers), list(self.heads)]
 
     def of_layer(self, layer: int, heads: int) -> tuple[float, ...]:
@@ -141,10 +142,10 @@ class HeadSet:
 
 
 def learn(recorded: Sequence[Recorded], layers: Sequence[int]) -> HeadSet:
-    """Weights of the heads of some layers that put the chunks of facts first.
+    """Learn weights of the heads of some layers that rank the chunks with facts first.
 
-    A chunk's score s is the weighted sum of its heads' scores. What is minimised is the cross-entropy of softmax(t
-    ln s) over a document's chunks against those with facts, for a learned sharpness t, and a small price on heads.
+    A chunk's score s is the weighted sum of the heads' scores. The loss is the cross-entropy of softmax(t ln s) over a
+    document's chunks against the chunks with facts, with a learned sharpness t, plus a small sparsity penalty on heads.
     """
     longest = max(len(one.sizes) for one in recorded)
     shape = (len(recorded), len(layers), recorded[0].scores.shape[1], longest)
@@ -155,7 +156,7 @@ def learn(recorded: Sequence[Recorded], layers: Sequence[int]) -> HeadSet:
         scores[row, ..., : len(one.sizes)] = one.scores[list(layers)]
         facts[row, : len(one.facts), : len(one.sizes)] = one.facts
     scores = scores.reshape(len(recorded), -1, longest)
-    scale = 1 / (scores.max(axis=-1).mean(axis=0) + _EMPTY)  # so that all heads start alike
+    scale = 1 / (scores.max(axis=-1).mean(axis=0) + _EMPTY)  # so that all heads start equal
     real = jnp.asarray(scores.max(axis=1) > 0)
     asked = jnp.asarray(facts.any(axis=-1))
     scaled, wanted = jnp.asarray(scores * scale[:, None]), jnp.asarray(facts)
@@ -189,7 +190,7 @@ def learn(recorded: Sequence[Recorded], layers: Sequence[int]) -> HeadSet:
 
 
 def all_heads(layer: int, heads: int) -> HeadSet:
-    """Every head of a layer, all alike."""
+    """Every head of a layer, with equal weights."""
     return HeadSet((layer,) * heads, tuple(range(heads)), (1.0,) * heads)
 
 
@@ -198,10 +199,10 @@ class Recall:
     """How many facts a set of heads keeps within a budget.
 
     Attributes:
-      heads: judged on documents it was not learned on.
-      keep: tokens kept, template and question included.
-      facts: how many were asked for.
-      kept: how many of them were kept whole.
+      heads: the head set, measured on documents that it was not learned on.
+      keep: budget in tokens, template and question included.
+      facts: number of facts asked for.
+      kept: number of these facts that are kept whole.
     """
 
     heads: HeadSet
@@ -211,17 +212,17 @@ class Recall:
 
     @property
     def share(self) -> float:
-        """Of the facts that were kept."""
+        """Share of the facts that are kept."""
         return self.kept / self.facts
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Of the share, 95 %."""
+        """95 % interval of the share."""
         return wilson(self.kept, self.facts)
 
 
 def recall(recorded: Sequence[Recorded], heads: HeadSet, keep: int) -> Recall:
-    """Facts of which every chunk is among the best whole chunks that fit the budget."""
+    """Count the facts whose chunks are all among the best whole chunks that fit the budget."""
     facts = kept = 0
     for one in recorded:
         order = np.argsort(-heads.scores(one), kind="stable")
@@ -235,10 +236,12 @@ def recall(recorded: Sequence[Recorded], heads: HeadSet, keep: int) -> Recall:
 
 @dataclasses.dataclass(frozen=True)
 class LayerRecall:
-    """A candidate layer on held-out documents, one `Recall` for each budget.
+    """Recall of a candidate layer on held-out documents, one `Recall` for each budget.
 
     Attributes:
-      learned: with its own heads. alike: with all its heads alike. up_to: with heads of any layer up to it.
+      learned: with learned weights of the layer's heads.
+      alike: with equal weights of the layer's heads.
+      up_to: with learned weights of the heads of all layers up to this one.
     """
 
     layer: int
@@ -248,7 +251,7 @@ class LayerRecall:
 
 
 def judge(train: Sequence[Recorded], held_out: Sequence[Recorded], layer: int, budgets: Sequence[int]) -> LayerRecall:
-    """Learn the heads of a layer, and of all layers up to it, and measure them."""
+    """Learn head weights of a layer, and of all layers up to it, and measure their recall."""
     heads = train[0].scores.shape[1]
 
     def measured(chosen: HeadSet) -> tuple[Recall, ...]:
@@ -264,17 +267,17 @@ def judge(train: Sequence[Recorded], held_out: Sequence[Recorded], layer: int, b
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What to calibrate for, and on what.
+    """Settings of a calibration.
 
     Attributes:
       keep: the budget to choose the layer for; half of it is measured too.
       target: share of facts to keep.
-      layers: so many first layers are candidates.
-      tokens: of the texts to judge on, which with an eighth more for the question is what longer ones are cut into;
-        those to learn on have a quarter to half of that.
-      train, held_out: questions to learn on and to judge on.
-      distractors: facts like the asked one in each text.
-      seed: of facts, their places and the texts.
+      layers: number of first layers that are candidates.
+      tokens: length of the held-out texts. Training texts have a quarter to half of it. The preset's segments have an
+        eighth more, for the question.
+      train, held_out: number of questions to learn from and to measure on.
+      distractors: facts in each text that look like the one in question.
+      seed: random seed of the facts, their places and the texts.
       filter_attention, filter_precision: see `GemFilter`.
     """
 
@@ -297,14 +300,14 @@ def calibrate(
     paragraphs: Sequence[str] | None = None,
     progress: Callable[[str, int, int], None],
 ) -> tuple[list[LayerRecall], Preset]:
-    """Judge every candidate layer, and make a preset of the earliest that meets the target, or of the best.
+    """Measure every candidate layer, and make a preset of the earliest that meets the target, or of the best.
 
     Args:
-      paragraphs: to hide facts in; a text for each set that comes with the package if None.
-      progress: called with (stage, done, to do).
+      paragraphs: text to hide facts in; None for the built-in text of each split.
+      progress: called with (stage, done, total).
 
     Raises:
-      UserError: texts are longer than the model reads in one pass, or too short for their facts.
+      UserError: texts are longer than half of the model's context, or too short for their facts.
     """
     method = GemFilter(
         filter_layer=0,

@@ -20,7 +20,7 @@ _SUFFIXES = (".md", ".txt")
 def built_in(name: str) -> tuple[str, ...]:
     """The paragraphs of a text that comes with the package: "essays" or "journal".
 
-    Both were written for this purpose, without any fact like those that are hidden in them.
+    Both texts were written for this purpose and contain no facts like the hidden ones.
     """
     text = importlib.resources.files("gemfilter_jax.evals.data").joinpath(f"{name}.txt").read_text("utf-8")
     return tuple(text.strip().split("\n\n"))
@@ -30,7 +30,7 @@ def read_folder(folder: pathlib.Path) -> tuple[str, ...]:
     """The paragraphs of all .txt and .md files in and below a folder, by path, each paragraph on one line.
 
     Raises:
-      UserError: there is no such folder, a file is not UTF-8, or the files hold less than 4,000 characters.
+      UserError: the folder does not exist, a file is not UTF-8, or the files hold less than 4,000 characters.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: is not a folder; give one with .txt or .md files")
@@ -54,25 +54,25 @@ def read_folder(folder: pathlib.Path) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Haystack:
-    """A long text that knows where its tokens end.
+    """A long text and the ends of its tokens.
 
     Attributes:
-      text: paragraphs with blank lines between them.
-      ends: where each of its tokens ends, in characters.
+      text: paragraphs separated by blank lines.
+      ends: character offset at which each token ends.
     """
 
     text: str
     ends: tuple[int, ...]
 
     def first(self, tokens: int) -> str:
-        """Its first `tokens` tokens, at least one."""
+        """The text of the first `tokens` tokens, at least one."""
         return self.text[: self.ends[tokens - 1]]
 
 
 def pile(tokenizer: "PreTrainedTokenizerBase", paragraphs: Sequence[str], tokens: int, seed: int) -> Haystack:
-    """More than `tokens` tokens of paragraphs, shuffled anew each time they are gone through.
+    """A haystack of more than `tokens` tokens; the paragraphs repeat, in a new random order each time.
 
-    The same seed gives the same text, and a shorter one is the beginning of a longer one.
+    The same seed gives the same text, and a shorter text is the beginning of a longer one.
     """
     endless, text = _shuffled(paragraphs, seed), ""
     while True:

@@ -3,14 +3,13 @@
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TypeGuard
 
 from gemfilter_jax.evals.task import Example, Task
-from gemfilter_jax.methods.gemfilter.method import GemFilter, Method
+from gemfilter_jax.methods.base import Method
 from gemfilter_jax.pipeline import Pipeline, Result
 
 WHOLE = 0.9
-"""A span counts as kept if at least this share of its characters is; a missing full stop costs no answer."""
+"""A span counts as kept if at least this share of its characters is kept: a missing full stop does no harm."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,8 +18,8 @@ class Outcome:
 
     Attributes:
       answer: the model's text.
-      scores: the task's scores of the answer; if the example has spans also "kept", the share of their characters
-        that was kept, and "facts_kept", the share of the spans that were kept whole, or nearly (`WHOLE`).
+      scores: the task's scores of the answer. If the example has spans, also "kept", the share of their characters
+        that is kept, and "facts_kept", the share of spans that count as kept (see `WHOLE`).
       timings: seconds per stage; see `Result`.
     """
 
@@ -33,16 +32,14 @@ class Outcome:
 def run(
     model: Pipeline, task: Task, methods: Mapping[str, Method], examples: Iterable[Example]
 ) -> Iterator[tuple[str, Outcome]]:
-    """Ask every example by every method, and yield each method's name with the outcome.
+    """Answer every example with every method, and yield each method's name with the outcome.
 
-    A text with several questions is read once for all of them by the methods that can. Its examples must follow each
-    other.
+    Methods that support it read a text with several questions only once. Examples of the same text must be adjacent.
     """
     for text, same_text in itertools.groupby(examples, key=lambda example: example.text):
         group, documents = list(same_text), {}
         if len(group) > 1:
-            shared = {name: method for name, method in methods.items() if reads_documents(method)}
-            documents = {name: model.document(text, method=method) for name, method in shared.items()}
+            documents = {name: model.document(text, method=method) for name, method in methods.items()}
         for example in group:
             limit = task.new_tokens(example)
             for name, method in methods.items():
@@ -53,23 +50,13 @@ def run(
                 yield name, _outcome(task, example, result)
 
 
-def reads_documents(method: Method) -> TypeGuard[GemFilter]:
-    """Whether the method can read a text once for several questions."""
-    return isinstance(method, GemFilter)
-
-
-def kept_tokens(method: Method) -> int | None:
-    """How many tokens the method keeps; None if all."""
-    return method.keep if isinstance(method, GemFilter) else None
-
-
 def _outcome(task: Task, example: Example, result: Result) -> Outcome:
     scores = {**task.score(example, result.text), **_kept(example, result)}
     return Outcome(example, result.text, scores, result.timings)
 
 
 def _kept(example: Example, result: Result) -> dict[str, float]:
-    """What was kept of an example's spans, if it has any."""
+    """Scores of an example's spans, empty if it has none; see `Outcome`."""
     if not example.spans:
         return {}
     lengths = [end - start for start, end in example.spans]

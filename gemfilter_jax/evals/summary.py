@@ -1,4 +1,4 @@
-"""Statistics of outcomes: counts, means, intervals, and the cells of tables that show them."""
+"""Statistics of outcomes: counts, means, intervals, and the table cells that show them."""
 
 import dataclasses
 import math
@@ -13,7 +13,7 @@ _Z_95 = 1.959964  # standard normal quantile of 0.975
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """Outcomes of one method.
+    """Statistics of one method's outcomes.
 
     Attributes:
       asked: number of questions.
@@ -27,13 +27,13 @@ class Summary:
 
 
 def by_length(outcomes: "Sequence[Outcome]") -> dict[int, Summary]:
-    """A summary for each length of text, in tokens, among one method's outcomes."""
+    """A summary of one method's outcomes for each text length in tokens."""
     lengths = dict.fromkeys(outcome.example.tokens for outcome in outcomes)
     return {length: summarise([o for o in outcomes if o.example.tokens == length]) for length in lengths}
 
 
 def summarise(outcomes: "Sequence[Outcome]") -> Summary:
-    """Statistics of outcomes, of which there must be at least one."""
+    """The summary of at least one outcome."""
     scores = {name: [outcome.scores[name] for outcome in outcomes] for name in outcomes[0].scores}
     return Summary(
         asked=len(outcomes),
@@ -59,7 +59,7 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """A column of a table: its heading, and the cell that shows a summary."""
+    """A table column: its heading, and the function that makes a summary's cell."""
 
     heading: str
     cell: Callable[[Summary], str]
@@ -75,7 +75,7 @@ def count(score: str) -> Column:
 
 
 def proportion(score: str, heading: str | None = None) -> Column:
-    """The number of questions with a score of 1, with the interval of their share: "41 (.56-.79)"."""
+    """The number of questions with a score of 1, with the 95 % interval of their share: "41 (.56-.79)"."""
 
     def cell(summary: Summary) -> str:
         bounds = (f"{bound:.2f}".removeprefix("0") for bound in wilson(summary.full[score], summary.asked))
@@ -90,7 +90,7 @@ def mean(score: str, heading: str | None = None) -> Column:
 
 
 def columns_of(scores: Mapping[str, float]) -> tuple[Column, ...]:
-    """The columns that suit an outcome's scores: a proportion for each verdict, a mean for each number."""
+    """The columns for an outcome's scores: a proportion for each bool, a mean for each number."""
     own = (proportion(name) if isinstance(value, bool) else mean(name) for name, value in scores.items())
     return (ASKED, *own)
 

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn. All fields are traced: changing them compiles nothing.
+    """Sampling settings. All fields are traced, so that changing them needs no new compilation.
 
     Attributes:
-      temperature: 0 is greedy.
-      top_k: draw among this many likeliest tokens; 0 means all.
-      top_p: draw among the fewest likeliest tokens that hold this share of the probability (Holtzman et al. 2020).
+      temperature: 0 means greedy decoding.
+      top_k: draw from this many likeliest tokens; 0 means all.
+      top_p: draw from the fewest likeliest tokens that hold this share of the probability (Holtzman et al. 2020).
     """
 
     temperature: float | jax.Array = 0.0
@@ -42,7 +42,7 @@ def _draw(logits: jax.Array, sampling: Sampling, keys: jax.Array) -> jax.Array:
     ranked = jnp.where(jnp.arange(vocab) < top_k, ranked, -jnp.inf)
     probability = jax.nn.softmax(ranked, axis=-1)
     mass_before = jnp.cumsum(probability, axis=-1) - probability
-    # The first token always stays; `<` keeps the one that crosses top_p, as the rule has it.
+    # The first token always stays. `<` also keeps the token that crosses top_p, as top-p sampling requires.
     allowed = (mass_before < sampling.top_p) | (jnp.arange(vocab) == 0)
     choice = jax.vmap(jax.random.categorical)(keys, jnp.where(allowed, ranked, -jnp.inf))
     return jnp.take_along_axis(order, choice[:, None], axis=-1)[:, 0].astype(jnp.int32)

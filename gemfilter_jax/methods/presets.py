@@ -1,25 +1,22 @@
-"""Where to filter which model: the default rule's settings, the paper's layer, and where each value comes from."""
+"""Filter settings for each model: the default rule's settings, the paper's layer, and the source of the values."""
 
 import dataclasses
 import importlib.resources
 import json
 import pathlib
-import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from gemfilter_jax.config import ModelConfig, refuse_unknown, take, take_positive
+from gemfilter_jax.config import ModelConfig, refuse_unknown, take
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.methods.gemfilter.method import GemFilter
 
 AUTO = "auto"
-"""As a budget: as many tokens as hold a share of the score, up to the preset's `keep`."""
+"""The budget that keeps enough tokens to hold a share of the score, up to the preset's `keep`."""
 
-AUTO_SHARE = 0.3  # of the default model 14 of 15 questions were answered so, 12 and 13 with 1,024 and 512 tokens
+AUTO_SHARE = 0.3  # the default model answers 14 of 15 questions with it; 12 with 1,024 tokens, 13 with 512
 
 _IDENTITY = ("layers", "width", "heads", "kv_heads", "vocab")  # fine-tunes of a model share its preset
-_FIXED = ("keep_required", "positions")  # of a method, no matter of the model
-_LEAST = {"filter_layer": 0, "first_tokens": 0}  # of whole numbers; others are at least 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +24,11 @@ class Preset:
     """A model's filter settings.
 
     Attributes:
-      name: of the model, "none" if there is no preset for it.
-      default: the default rule.
-      paper_layer: r of the paper's rule.
+      name: name of the model, or "none" if there is no preset for the model.
+      default: settings of the default rule.
+      paper_layer: filter layer r of the paper's rule.
       source: where the values come from.
-      recall: what `gemfilter calibrate` measured, a row for each layer, set of heads and budget.
+      recall: measurements of `gemfilter calibrate`, one row for each layer, head set and budget.
     """
 
     name: str
@@ -41,16 +38,19 @@ class Preset:
     recall: tuple[Mapping[str, Any], ...] = ()
 
     def layer(self, rule: str) -> int:
-        """r of one of the rules "default" and "paper"."""
-        return self.paper_layer if rule == "paper" else self.default.filter_layer
+        """The filter layer r of a rule; see `method`."""
+        return self.default.filter_layer if rule == "default" else self.paper_layer
 
     def method(
         self, rule: str, keep: int | Literal["auto"] | None = None, filter_layer: int | None = None
     ) -> GemFilter:
-        """The policy of one of the rules "default" and "paper", with the preset's values where none are given.
+        """The method of a rule; the preset supplies values that are not given.
+
+        Args:
+          rule: "default", "paper", or "uncalibrated": the default rule at the paper's layer, with equal head weights.
 
         Raises:
-          UserError: a budget of "auto" under the paper's rule, whose scores are no shares of anything.
+          UserError: the budget is "auto" under the paper's rule, whose scores are not probabilities.
         """
         layer = self.layer(rule) if filter_layer is None else filter_layer
         budget = self.default.keep if keep is None or keep == AUTO else keep
@@ -61,7 +61,8 @@ class Preset:
         share = self.default.share if keep is None else None
         if keep == AUTO:
             share = self.default.share or AUTO_SHARE
-        return dataclasses.replace(self.default, filter_layer=layer, keep=budget, share=share)
+        method = dataclasses.replace(self.default, filter_layer=layer, keep=budget, share=share)
+        return dataclasses.replace(method, head_weights=None) if rule == "uncalibrated" else method
 
 
 _PAPER_DEPTH = 13 / 32  # Llama 3.1 8B in the paper: layer 13 of 32
@@ -79,7 +80,7 @@ def _identity(config: ModelConfig) -> tuple[int, ...]:
 
 
 def preset_for(config: ModelConfig) -> Preset:
-    """The preset of a model, or the paper's depth with all heads for a model that has none."""
+    """The preset of a model; a model without one gets a filter layer at the paper's relative depth, with all heads."""
     identity = _identity(config)
     if identity in _FILES:
         path = importlib.resources.files("gemfilter_jax.methods.preset_files").joinpath(_FILES[identity])
@@ -93,12 +94,11 @@ def preset_for(config: ModelConfig) -> Preset:
 
 
 def write_preset(preset: Preset, config: ModelConfig) -> str:
-    """The preset of a model as the JSON that `read_preset` reads."""
-    default = {name: value for name, value in dataclasses.asdict(preset.default).items() if name not in _FIXED}
+    """The preset of a model as JSON for `read_preset`."""
     fields = {
         "name": preset.name,
         "model": {name: getattr(config, name) for name in _IDENTITY},
-        "default": default,
+        "default": preset.default.fields,
         "paper_layer": preset.paper_layer,
         "source": preset.source,
     }
@@ -107,10 +107,10 @@ def write_preset(preset: Preset, config: ModelConfig) -> str:
 
 
 def read_preset(path: pathlib.Path, config: ModelConfig) -> Preset:
-    """A preset from a JSON file that `gemfilter calibrate` wrote, or one like it.
+    """A preset from a JSON file in the format of `gemfilter calibrate`.
 
     Raises:
-      UserError: the file cannot be read, is damaged, or is another model's.
+      UserError: the file cannot be read, is damaged, or is for another model.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -136,11 +136,13 @@ def _parsed(text: str, source: str, config: ModelConfig) -> Preset:
     recall = take(fields, "recall", source, [])
     if not isinstance(recall, list) or not all(isinstance(row, dict) for row in recall):
         raise UserError(f"{source}: field 'recall' must be a list of objects")
-    method = _method(default, config, f"{source}: field 'default'")
+    layer = take(fields, "paper_layer", source)
+    if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < config.layers:
+        raise UserError(f"{source}: field 'paper_layer' is {layer!r}; the model has layers 0 to {config.layers - 1}")
     return Preset(
         name=str(take(fields, "name", source)),
-        default=method,
-        paper_layer=_whole(fields, "paper_layer", 0, source, config.layers - 1),
+        default=GemFilter.from_fields(default, config, f"{source}: field 'default'"),
+        paper_layer=layer,
         source=str(take(fields, "source", source)),
         recall=tuple(recall),
     )
@@ -149,58 +151,3 @@ def _parsed(text: str, source: str, config: ModelConfig) -> Preset:
 def _expect_object(value: Any, source: str) -> None:
     if not isinstance(value, dict):
         raise UserError(f"{source}: expected a JSON object, found {type(value).__name__}")
-
-
-def _method(fields: dict[str, Any], config: ModelConfig, source: str) -> GemFilter:
-    types = typing.get_type_hints(GemFilter)
-    refuse_unknown(fields, set(types) - set(_FIXED), source)
-    values: dict[str, Any] = {"filter_layer": _whole(fields, "filter_layer", 0, source, config.layers - 1)}
-    for name, value in fields.items():
-        kind = types[name]
-        if name == "head_weights":
-            values[name] = None if value is None else _weights(value, config.heads, source)
-        elif name == "share":
-            values[name] = None if value is None else _share(fields, source)
-        elif name == "segment":
-            values[name] = None if value is None else _whole(fields, name, 1, source)
-        elif name == "rounds":
-            if not isinstance(value, list):
-                raise UserError(f"{source}: field 'rounds' is {value!r}, expected a list of whole numbers")
-            values[name] = tuple(_whole({name: keep}, name, 1, source) for keep in value)
-        elif kind is int and name != "filter_layer":
-            values[name] = _whole(fields, name, _LEAST.get(name, 1), source)
-        elif kind is bool:
-            if not isinstance(value, bool):
-                raise UserError(f"{source}: field {name!r} is {value!r}, expected true or false")
-            values[name] = value
-        elif typing.get_origin(kind) is Literal:
-            if value not in typing.get_args(kind):
-                raise UserError(f"{source}: field {name!r} is {value!r}, one of {', '.join(typing.get_args(kind))}")
-            values[name] = value
-    return GemFilter(**values)
-
-
-def _share(fields: dict[str, Any], source: str) -> float:
-    share = take_positive(fields, "share", source)
-    if share > 1:
-        raise UserError(f"{source}: field 'share' is {share!r}, expected at most 1")
-    return share
-
-
-def _whole(fields: dict[str, Any], name: str, least: int, source: str, most: int = 2**31 - 1) -> int:
-    value = take(fields, name, source)
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        if name.endswith("_layer"):
-            raise UserError(f"{source}: field {name!r} is {value!r}; the model has layers 0 to {most}")
-        raise UserError(f"{source}: field {name!r} is {value!r}, expected a whole number of at least {least}")
-    return value
-
-
-def _weights(values: Any, heads: int, source: str) -> tuple[float, ...]:
-    fit = isinstance(values, list) and len(values) == heads
-    fit = fit and all(isinstance(weight, int | float) and 0 <= weight < float("inf") for weight in values)
-    if not fit or not any(values):
-        raise UserError(
-            f"{source}: field 'head_weights' must be a number of at least 0 for each of {heads} query heads, not all 0"
-        )
-    return tuple(map(float, values))

@@ -1,1 +1,1 @@
-"""Decoder-only language models as Flax NNX modules: one decoder, and what each family adds to it."""
+"""Decoder-only language models as Flax NNX modules: one decoder, and the configs and weight names of each family."""

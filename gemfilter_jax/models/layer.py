@@ -1,8 +1,8 @@
-"""One layer of the decoder and what it is made of. Axes as in `models.decoder`."""
+"""One decoder layer and its modules. Axes as in `models.transformer`."""
 
 import dataclasses
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,8 @@ from flax import nnx
 
 from gemfilter_jax.config import ModelConfig
 from gemfilter_jax.models.rope import rotate
-from gemfilter_jax.ops.precision import precision_of
 from gemfilter_jax.parallel import collectives, sharding
+from gemfilter_jax.precision import precision_of
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -19,18 +19,19 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": jax.nn.gelu,
     "relu": jax.nn.relu,
 }
-_BLOCK = 512  # rows of the sequence that pass through a layer's matrices at a time: bounds [B, block, F] temporaries
+_BLOCK = 512  # rows of the sequence multiplied by a layer's matrices at a time; bounds [B, block, F] temporaries
 _LARGEST_INT8 = 127
 
 Table = tuple[jax.Array, jax.Array]
-"""Cosines and sines, see `rotary.rotary_table`."""
+"""Cosines and sines, see `rope.rotary_table`."""
 
 _Result = TypeVar("_Result")
+_Module = TypeVar("_Module", bound=nnx.Module)
 
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """How weights are held: in `dtype`, which is also that of activations, or, if `int8`, matrices in that."""
+    """How weights are stored: in `dtype`, which is also the dtype of activations; if `int8`, matrices in int8."""
 
     dtype: jnp.dtype
     int8: bool = False
@@ -41,15 +42,23 @@ class Weights:
         return jnp.dtype(jnp.int8) if self.int8 else self.dtype
 
 
+def replaced(module: _Module, **attributes: Any) -> _Module:
+    """A copy of a module that shares its arrays, with some attributes replaced."""
+    copy = jax.tree.map(lambda leaf: leaf, module)
+    for name, value in attributes.items():
+        setattr(copy, name, value)
+    return copy
+
+
 def _matmul(x: jax.Array, kernel: jax.Array, result: jax.typing.DTypeLike) -> jax.Array:
     return jnp.matmul(x, kernel.astype(x.dtype), precision=precision_of(x), preferred_element_type=result)
 
 
 def _in_int8(x: jax.Array, axis: int, cut: str | None) -> tuple[jax.Array, jax.Array]:
-    """x as int8, symmetric with one float32 scale for all that lies along an axis, and the scales.
+    """x quantised symmetrically to int8, and float32 scales, one for all values along an axis.
 
     Args:
-      cut: the mesh axis over which that axis of x is cut, None if it is not.
+      cut: the mesh axis that shards that axis of x; None if it is not sharded.
     """
     wide = x.astype(jnp.float32)
     peak = jnp.abs(wide).max(axis=axis, keepdims=True)
@@ -59,7 +68,7 @@ def _in_int8(x: jax.Array, axis: int, cut: str | None) -> tuple[jax.Array, jax.A
 
 
 class Linear(nnx.Module):
-    """x [..., in] -> [..., out], kernel [in, out]; of an int8 kernel, one float32 scale for each output."""
+    """x [..., in] -> [..., out], kernel [in, out]; an int8 kernel has one float32 scale per output."""
 
     def __init__(
         self,
@@ -79,7 +88,7 @@ class Linear(nnx.Module):
         self.cut = sharding.RULES[axes[0]]
 
     def __call__(self, x: jax.Array, *, result: jax.typing.DTypeLike | None = None) -> jax.Array:
-        """[..., in] -> [..., out], in x's dtype or that of `result`; the whole sum where `in` is cut over a mesh."""
+        """[..., in] -> [..., out], in x's dtype or in `result`; summed over all shards if `in` is sharded."""
         result = result or x.dtype
         kernel, scale = self.kernel[...], None if self.scale is None else self.scale[...]
         if self.int8_products:
@@ -113,7 +122,7 @@ class RMSNorm(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    """One layer: the pieces of attention, so that a caller may stop between them, and the MLP."""
+    """One layer: attention in separate steps, so that a caller can stop between them, and the MLP."""
 
     def __init__(self, config: ModelConfig, *, weights: Weights, rngs: nnx.Rngs):
         def linear(inputs: int, outputs: int, axes: tuple[str, str], bias: bool) -> Linear:
@@ -137,22 +146,22 @@ class DecoderLayer(nnx.Module):
         self.up = linear(c.width, c.mlp_width, ("embed", "mlp"), c.mlp_bias)
         self.down = linear(c.mlp_width, c.width, ("mlp", "embed"), c.mlp_bias)
 
-    def keep_own_key_head(self, kv_heads: int) -> None:
-        """Where several parts of the model share each of all key heads, keep only the one that this part needs."""
+    def with_own_key_head(self, kv_heads: int) -> "DecoderLayer":
+        """The layer with only this shard's key head if shards outnumber key heads; otherwise unchanged."""
         parts = collectives.axis_size("model")
         if parts <= kv_heads:
-            return
+            return self
         start = collectives.axis_index("model") // (parts // kv_heads) * self.head_width
 
         def kept(parameter: jax.Array) -> jax.Array:
             return jax.lax.dynamic_slice_in_dim(parameter, start, self.head_width, axis=-1)
 
-        self.key, self.value = jax.tree.map(kept, self.key), jax.tree.map(kept, self.value)
+        return replaced(self, key=jax.tree.map(kept, self.key), value=jax.tree.map(kept, self.value))
 
-    def multiply_in_int8(self) -> None:
-        """Round weights and activations to int8 before every matrix product from now on; see `Decoder.in_int8`."""
-        for linear in (self.query, self.key, self.value, self.output, self.gate, self.up, self.down):
-            linear.int8_products = True
+    def in_int8(self) -> "DecoderLayer":
+        """The layer that rounds weights and activations to int8 before every matrix product; see `Decoder.in_int8`."""
+        names = ("query", "key", "value", "output", "gate", "up", "down")
+        return replaced(self, **{name: replaced(getattr(self, name), int8_products=True) for name in names})
 
     def queries(self, normed: jax.Array, table: Table) -> jax.Array:
         """[B, S, D] -> rotated queries [B, S, H, E]."""
@@ -174,7 +183,7 @@ class DecoderLayer(nnx.Module):
         """Residual stream x [B, S, D] -> rotated queries [B, S, H, E] and keys [B, S, G, E], and values [B, S, G, E].
 
         Args:
-          rows: so many first rows are real, may be traced; the blocks past them are left out.
+          rows: number of leading rows that are real, may be traced; blocks after them are skipped.
         """
 
         def project(x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -187,7 +196,7 @@ class DecoderLayer(nnx.Module):
         """Residual stream x [B, S, D] and attention's result [B, S, H, E] -> the next layer's x.
 
         Args:
-          rows: so many first rows are real, may be traced; the blocks past them are left out.
+          rows: number of leading rows that are real, may be traced; blocks after them are skipped.
         """
 
         def finish(x: jax.Array, attended: jax.Array) -> jax.Array:
@@ -209,7 +218,7 @@ def _in_blocks(fn: Callable[..., _Result], rows: jax.typing.ArrayLike, *xs: jax.
     """fn over blocks of the second axis of all xs, one at a time; zeros for blocks from `rows` on.
 
     Args:
-      fn: takes a block of each x and returns arrays whose second axis is theirs.
+      fn: takes a block of each x and returns arrays with the same second axis.
     """
     length = max(x.shape[1] for x in xs)
     if length <= _BLOCK:

@@ -13,7 +13,7 @@ def inverse_frequencies(config: ModelConfig, *, long: bool = False) -> np.ndarra
     """Radians per position of each rotated pair, float32 [rotated / 2], with the config's scaling applied.
 
     Args:
-      long: of sequences longer than the scaling's original context; matters to `LongRope` only.
+      long: for sequences longer than the scaling's original context; only `LongRope` uses it.
     """
     exponents = np.arange(0, config.rotated, 2, dtype=np.float32) / np.float32(config.rotated)
     frequencies = np.float32(1.0) / np.power(np.float32(config.rope_theta), exponents)
@@ -47,7 +47,7 @@ def _llama3(frequencies: np.ndarray, scaling: Llama3Rope) -> np.ndarray:
 
 def _yarn(frequencies: np.ndarray, scaling: YarnRope, config: ModelConfig) -> np.ndarray:
     def pair_that_turns(times: float) -> float:
-        """The (fractional) index of the pair that turns so often in the original context."""
+        """The (fractional) index of the pair that makes this many turns in the original context."""
         span = scaling.original_context / (times * 2 * math.pi)
         return config.rotated * math.log(span) / (2 * math.log(config.rope_theta))
 
@@ -64,7 +64,7 @@ def rotary_table(config: ModelConfig, positions: jax.Array, extents: jax.Array) 
     """Cosines and sines, float32 [B, S, 1, rotated / 2], for int positions [B, S].
 
     Args:
-      extents: int [B], the last position of each row's sequence plus one: what `LongRope` chooses its table by.
+      extents: int [B], the last position of each row's sequence plus one; `LongRope` chooses its factors by it.
     """
     frequencies, scale = jnp.asarray(inverse_frequencies(config)), 1.0
     match config.rope_scaling:
@@ -79,7 +79,7 @@ def rotary_table(config: ModelConfig, positions: jax.Array, extents: jax.Array) 
 
 
 def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotate the start of heads x [B, S, heads, E], as much as the table from `rotary_table` is for.
+    """Rotate the leading values of each head of x [B, S, heads, E], as many as the `rotary_table` covers.
 
     Computed in float32, returned in x's dtype.
     """

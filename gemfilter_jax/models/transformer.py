@@ -1,16 +1,16 @@
-"""The decoder, once, for every family: pre-norm attention and gated-MLP layers stacked in one pytree.
+"""The decoder that all families share: pre-norm attention and gated-MLP layers stacked in one pytree.
 
 Axes: B batch, S sequence, W observation rows, C cache capacity, L layers, D model width, H query heads,
 G key/value heads, E head width, F MLP width, V vocabulary. Sequences are padded on the right; `lengths` [B] are the
 true lengths. Norms, rotary, softmax and logits are computed in float32, everything else in the weights' dtype.
 
-Layer weights carry a leading L axis. `Decoder.forward` alone walks them, by a loop whose bound may be traced; what is
-kept, scored or recorded at a layer is a hook that it is given.
+Layer weights carry a leading L axis. Only `Decoder.forward` loops over the layers, with a bound that may be traced.
+Callers pass it a hook that keeps, scores or records data at each layer.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,23 +19,23 @@ from flax import nnx
 from gemfilter_jax.config import ModelConfig
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.models.cache import KVCache
-from gemfilter_jax.models.layer import ACTIVATIONS, DecoderLayer, Linear, RMSNorm, Table, Weights
+from gemfilter_jax.models.layer import ACTIVATIONS, DecoderLayer, Linear, RMSNorm, Table, Weights, replaced
 from gemfilter_jax.models.rope import rotary_table
 from gemfilter_jax.ops import attention
 from gemfilter_jax.ops.attention import TriShape
-from gemfilter_jax.ops.precision import precision_of
 from gemfilter_jax.parallel import collectives, shards
+from gemfilter_jax.precision import precision_of
 
-_ALL = 2**30  # the window of a layer without one: wider than any prompt
+_ALL = 2**30  # the window of a layer without a sliding window: wider than any prompt
 
 
 @dataclasses.dataclass(frozen=True)
 class Visit:
-    """What a hook and attention see at a layer.
+    """The inputs of the hook and of attention at a layer.
 
     Attributes:
       layer: its index, may be traced.
-      x: [B, S, D], what enters it.
+      x: [B, S, D], the layer's input.
       q: [B, S, H, E]. k, v: [B, S, G, E]. Queries and keys are rotated.
       sliding_window: how many keys a query sees, its own included; None for all before it. May be traced.
     """
@@ -49,14 +49,34 @@ class Visit:
 
 
 Hook = Callable[[Visit, Any], Any]
-"""What happens at a layer besides attention: takes the state and makes the next one."""
+"""Called at a layer before attention, with the state; returns the new state."""
 
 Attend = Callable[[Visit, Any], jax.Array]
-"""Attention at a layer, after the hook: [B, S, H, E]."""
+"""Called after the hook, with the new state; returns attention's result [B, S, H, E]."""
+
+
+class Eviction(Protocol):
+    """Which keys and values of a prompt a layer keeps. Hashable, to be a static argument of compiled programs."""
+
+    def slots(self, prompt: int) -> int:
+        """How many cache slots a prompt of at most `prompt` tokens takes."""
+        ...
+
+    def kept(self, visit: Visit, lengths: jax.Array) -> jax.Array:
+        """The kept tokens at a layer.
+
+        Args:
+          lengths: [B], number of real tokens in each row.
+
+        Returns:
+          int [B, K], or [B, G, K] if key heads keep different tokens, with K = `slots(S)`: in each row min(K, length)
+          increasing indices into S, then the value S.
+        """
+        ...
 
 
 def _keep(visit: Visit, cache: KVCache) -> KVCache:
-    """The hook that keeps keys and values."""
+    """The hook that writes all keys and values to the cache."""
     return cache.write(visit.layer, visit.k, visit.v)
 
 
@@ -64,14 +84,14 @@ class Decoder(nnx.Module):
     """A decoder-only language model. A pytree: pass it to `jax.jit`, map over it, shard it.
 
     Attributes:
-      attention_implementation: of prompts' attention, see `attention.causal`; static.
-      mesh: the devices that hold the weights, as `sharding.RULES` has it, None for one; static. The methods run on
-        whole weights, or inside `collectives.shard_map` on one device's part of them.
+      attention_implementation: for attention over prompts, see `attention.causal`; static.
+      mesh: the devices that hold the weights, sharded by `sharding.RULES`; None for one device; static. The methods run
+        on whole weights, or inside `collectives.shard_map` on one device's shard of them.
 
     Args:
       dtype: of weights and activations.
-      int8: hold matrices but the embedding as int8, symmetric, with a float32 scale for each output channel.
-      filter_layers: hold only so many layers and no LM head, which is enough for stage 1; None for the whole model.
+      int8: hold all matrices but the embedding in symmetric int8, with a float32 scale per output channel.
+      filter_layers: hold only this many layers and no LM head, enough for stage 1; None for the whole model.
     """
 
     def __init__(
@@ -90,7 +110,6 @@ class Decoder(nnx.Module):
         weights = Weights(jnp.dtype(dtype), int8)
         whole = filter_layers is None
         self.config = config
-        self.int8_products = False
         self.attention_implementation: str | None = None
         self.mesh: jax.sharding.Mesh | None = None
         self.held_layers = config.layers if filter_layers is None else filter_layers
@@ -114,23 +133,25 @@ class Decoder(nnx.Module):
     def layer(self, index: jax.typing.ArrayLike) -> DecoderLayer:
         """Layer `index`, which may be traced."""
         layer = jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, index, keepdims=False), self.layers)
-        layer.keep_own_key_head(self.config.kv_heads)
-        if self.int8_products:
-            layer.multiply_in_int8()
-        return layer
+        return layer.with_own_key_head(self.config.kv_heads)
+
+    def replace(
+        self, *, mesh: jax.sharding.Mesh | None = None, attention_implementation: str | None = None
+    ) -> "Decoder":
+        """The same model on another mesh, or with another implementation of attention; None keeps the current one."""
+        given = {"mesh": mesh, "attention_implementation": attention_implementation}
+        return replaced(self, **{name: value for name, value in given.items() if value is not None})
 
     def in_int8(self) -> "Decoder":
         """The same model, whose layers multiply matrices in int8.
 
-        Weights have a scale for each output and activations one for each token; sums are int32, all else is as before.
-        Weights that are not held as int8 are rounded layer by layer, as they are used.
+        Weights have one scale per output and activations one per token. Sums are int32; the rest is unchanged. Weights
+        that are not stored in int8 are quantised layer by layer, when they are used.
         """
-        model = jax.tree.map(lambda p: p, self)
-        model.int8_products = True
-        return model
+        return replaced(self, layers=self.layers.in_int8())
 
     def _window(self, index: jax.typing.ArrayLike) -> jax.Array | int | None:
-        """The sliding window of layer `index`, which may be traced; a number where all layers have the same."""
+        """The sliding window of layer `index`, which may be traced; a Python int if all layers have the same window."""
         if self.config.sliding_windows is None:
             return None
         if len(set(self.config.sliding_windows)) == 1:
@@ -148,15 +169,15 @@ class Decoder(nnx.Module):
         hook: Hook | None = None,
         state: Any = None,
     ) -> tuple[jax.Array, Any]:
-        """Walk the first layers: the one way of whole prompts, of what follows them, and of single tokens.
+        """Run the first layers. Prefill, prompts after a cached prefix, and decode steps all use this loop.
 
         Args:
-          x: [B, S, D], what enters the first layer. table: rotary, of its positions.
-          lengths: [B], how much of S is real.
-          layers: how many, may be traced: one compiled program serves every number.
+          x: [B, S, D], the input of the first layer. table: the rotary table of its positions.
+          lengths: [B], number of real tokens in each row.
+          layers: how many to run; may be traced, so that one compiled program serves every number.
           attend: attention at a layer, see `among_themselves`.
-          hook: what else happens at a layer, before its attention: makes a new state.
-          state: what hooks keep.
+          hook: called at each layer before attention; returns the new state.
+          state: the hook's initial state.
 
         Returns:
           The residual stream [B, S, D] that would enter the next layer, and the state.
@@ -178,7 +199,7 @@ class Decoder(nnx.Module):
     def among_themselves(
         self, lengths: jax.Array, pattern: TriShape | None = None, positions: jax.Array | None = None
     ) -> Attend:
-        """Attention of whole prompts: every token sees those of its own prompt up to itself.
+        """Attention within whole prompts: every token sees the tokens of its own prompt up to itself.
 
         Args:
           lengths: [B]. pattern: None for dense. positions: see `attention.causal`.
@@ -208,7 +229,7 @@ class Decoder(nnx.Module):
         """The residual stream [B, S, D] that enters layer `layers`, for ids [B, S]. No cache is kept.
 
         Args:
-          pattern: of attention, None for dense.
+          pattern: the attention pattern, None for dense.
         """
         table = self._table(ids, lengths, pattern)
         attend = self.among_themselves(lengths, pattern)
@@ -222,14 +243,14 @@ class Decoder(nnx.Module):
         observation_window: int,
         pattern: TriShape | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """What the filter needs of layer `layer`, and nothing past it.
+        """The filter's inputs at layer `layer`; no later layer runs.
 
-        Layers 0..layer-1 run whole; of layer `layer` only the input norm, the keys of all positions and the queries of
-        the last real positions are computed.
+        Layers 0..layer-1 run in full. Layer `layer` computes only its input norm, the keys of all positions and the
+        queries of the last real positions.
 
         Args:
           ids: [B, S]. lengths: [B]. layer: 0-based index, may be traced. observation_window: W.
-          pattern: of the attention in the layers before it, None for dense.
+          pattern: the attention pattern of layers 0..layer-1, None for dense.
 
         Returns:
           q [B, W, H, E] and k [B, S, G, E], both after rotary, and rows [B, W], the positions of q; a row before the
@@ -246,12 +267,12 @@ class Decoder(nnx.Module):
         observation_window: int,
         pattern: TriShape | None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """What `keys_and_last_queries` returns, from the x [B, S, D] that enters layer `index`."""
+        """The results of `keys_and_last_queries`, computed from the input x [B, S, D] of layer `index`."""
         with jax.named_scope("filter_layer"):
             layer = self.layer(index)
             k = layer.keys(layer.attention_norm(x), self._table(x, lengths, pattern))
             rows = lengths[:, None] - observation_window + jnp.arange(observation_window)
-            x_rows = shards.cut(mirrored=pattern is None).rows(x, rows)
+            x_rows = shards.sequence_shards(mirrored=pattern is None).rows(x, rows)
             q = layer.queries(layer.attention_norm(x_rows), rotary_table(self.config, rows, lengths))
         return q, k, rows
 
@@ -264,7 +285,7 @@ class Decoder(nnx.Module):
         look: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
         pattern: TriShape | None = None,
     ) -> jax.Array:
-        """look(q, k, rows) of what `keys_and_last_queries` gives at each of the first `layers` layers, stacked."""
+        """look(q, k, rows) on the results of `keys_and_last_queries` at each of the first `layers` layers, stacked."""
         x = self._embedded(ids)
 
         def view(index: jax.typing.ArrayLike, x: jax.Array) -> jax.Array:
@@ -287,11 +308,11 @@ class Decoder(nnx.Module):
     def read(
         self, ids: jax.Array, lengths: jax.Array, extents: jax.Array, layer: int, pattern: TriShape | None = None
     ) -> KVCache:
-        """What the filter at `layer` needs of the beginnings of prompts: keys up to that layer, values before it.
+        """Prefill prompt prefixes for the filter at `layer`: a cache of keys up to that layer and values before it.
 
         Args:
-          ids: [B, S], the beginnings. lengths: [B], theirs. extents: [B], those of the whole prompts.
-          pattern: of attention, None for dense.
+          ids: [B, S], the prefixes. lengths: [B], of the prefixes. extents: [B], lengths of the whole prompts.
+          pattern: the attention pattern, None for dense.
         """
         table = self._table(ids, extents, pattern)
         batch, length = ids.shape
@@ -308,14 +329,14 @@ class Decoder(nnx.Module):
     def keys_and_last_queries_after(
         self, read: KVCache, ids: jax.Array, lengths: jax.Array, observation_window: int
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """As `keys_and_last_queries`, of prompts whose beginnings have been read.
+        """As `keys_and_last_queries`, for prompts whose prefixes are cached by `read`.
 
         Args:
-          read: of B beginnings. ids: [B, T], what follows them. lengths: [B], how much of it.
+          read: the cache of B prefixes. ids: [B, T], the tokens after the prefixes. lengths: [B], how many are real.
 
         Returns:
-          q [B, W, H, E], k [B, S + T, G, E] and rows [B, W], -1 for those before `ids`; k's first entries are the
-          beginning's and what follows it.
+          q [B, W, H, E], k [B, S + T, G, E] and rows [B, W], -1 for rows before `ids`; each row of k begins with the
+          keys of its prefix, then those of its `ids`.
         """
         positions = read.next_positions(ids.shape[1])
         table = rotary_table(self.config, positions, read.lengths + lengths)
@@ -344,19 +365,27 @@ class Decoder(nnx.Module):
         return collectives.psum(jnp.where(here[..., None], table[jnp.where(here, own, 0)], 0), "model")
 
     def _table(self, tokens: jax.Array, lengths: jax.Array, pattern: TriShape | None) -> Table:
-        """The rotary table of prompts that begin at position 0, of this device's part of ids or x [B, S, ...]."""
-        positions = shards.cut(mirrored=pattern is None).positions(tokens.shape[1])
+        """The rotary table for this device's shard of ids or x [B, S, ...] of prompts that begin at position 0."""
+        positions = shards.sequence_shards(mirrored=pattern is None).positions(tokens.shape[1])
         return rotary_table(self.config, positions[None], lengths)
 
     def prefill(
-        self, ids: jax.Array, lengths: jax.Array, positions: jax.Array, cache: KVCache, *, gaps: bool = False
+        self,
+        ids: jax.Array,
+        lengths: jax.Array,
+        positions: jax.Array,
+        cache: KVCache,
+        *,
+        gaps: bool = False,
+        eviction: Eviction | None = None,
     ) -> tuple[jax.Array, KVCache]:
         """Run a prompt through all layers and fill an empty cache with it.
 
         Args:
           ids: [B, K]. lengths: [B]. positions: [B, K], the position of each token, increasing along a row.
-          cache: of capacity C >= K.
-          gaps: whether positions have gaps, which sliding windows then count.
+          cache: with at least K slots, or as many as the eviction keeps.
+          gaps: whether positions have gaps; sliding windows then count positions instead of tokens.
+          eviction: which keys and values to keep; None for all.
 
         Returns:
           float32 logits [B, V] of each row's last real position, and the filled cache.
@@ -365,15 +394,27 @@ class Decoder(nnx.Module):
         table = rotary_table(self.config, positions, extents)
         counted = positions if gaps and self.config.sliding_windows else None
         attend = self.among_themselves(lengths, positions=counted)
-        layers = self.config.layers
+
+        def keep_some(visit: Visit, cache: KVCache) -> KVCache:
+            assert eviction is not None
+            return cache.write_some(visit.layer, visit.k, visit.v, eviction.kept(visit, lengths), positions)
+
         x, cache = self.forward(
-            self._embedded(ids), table, lengths, layers=layers, attend=attend, hook=_keep, state=cache
+            self._embedded(ids),
+            table,
+            lengths,
+            layers=self.config.layers,
+            attend=attend,
+            hook=_keep if eviction is None else keep_some,
+            state=cache,
         )
         last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        return self.logits(last), cache.holding(positions, lengths)
+        if eviction is None:
+            return self.logits(last), cache.holding(positions, lengths)
+        return self.logits(last), cache.advanced_to(jnp.minimum(lengths, eviction.slots(ids.shape[1])))
 
-    def decode(self, ids: jax.Array, positions: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-        """One more token per row: ids [B] at positions [B] -> float32 logits [B, V] and the grown cache."""
+    def decode_step(self, ids: jax.Array, positions: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        """One decode step: ids [B] at positions [B] -> float32 logits [B, V] and the cache with the new tokens."""
         table = rotary_table(self.config, positions[:, None], positions + 1)
         lengths = cache.lengths + 1
 
@@ -404,7 +445,7 @@ class Decoder(nnx.Module):
         with jax.named_scope("lm_head"):
             normed = self.final_norm(x)
             if self.lm_head is None:
-                # The embedding first: as the second factor, transposed, a CPU takes four times as long for one row.
+                # The embedding comes first: as a transposed second factor, a CPU takes four times as long for one row.
                 table, precision = self.embedding[...], precision_of(normed)
                 products = jnp.tensordot(
                     table, normed, (1, -1), precision=precision, preferred_element_type=jnp.float32

@@ -1,6 +1,6 @@
-"""The choice among an operation's implementations: the first of the platform's that serves.
+"""Choice of an operation's implementation: the platform's first one that supports the call.
 
-An implementation raises NotImplementedError with the reason where it does not serve; the next one is then tried.
+An implementation that does not support a call raises NotImplementedError with the reason. The next one is then tried.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ class Dispatcher:
 
     Attributes:
       operation: its name in messages and logs.
-      platforms: implementation -> the only platform that runs it, None for all.
-      order: platform -> the implementations to try there, in this order; a platform that is not listed tries "xla".
+      platforms: implementation -> the only platform that runs it; None for all platforms.
+      order: platform -> the implementations to try, in order; a platform that is not listed tries "xla".
     """
 
     operation: str
@@ -31,7 +31,7 @@ class Dispatcher:
     order: Mapping[str, tuple[str, ...]]
 
     def check_runs_here(self, implementation: str) -> None:
-        """Check that an implementation runs on the traced program's platform, or outside of one on this process's.
+        """Check that an implementation runs on the traced program's platform, or on this process's if none is traced.
 
         Raises:
           NotImplementedError: it does not.
@@ -45,13 +45,13 @@ class Dispatcher:
             raise NotImplementedError(f"runs on {needed}, and this process has {present}")
 
     def first_that_serves(self, serve: Callable[[str], _Result], named: str | None = None) -> _Result:
-        """The result of `serve(implementation)` for the first implementation that serves; the choice is logged once.
+        """The result of the first `serve(implementation)` that does not refuse the call; the choice is logged once.
 
         Args:
-          named: the only implementation to try; None for those of the platform.
+          named: the only implementation to try; None for the platform's list.
 
         Raises:
-          UserError: none serves, with the reason of each, or `named` is unknown.
+          UserError: every implementation refuses, each with its reason, or `named` is unknown.
         """
         names = self.order.get(collectives.platform(), ("xla",)) if named is None else (named,)
         refusals = {}
@@ -70,7 +70,7 @@ class Dispatcher:
 
 @functools.cache
 def log_once(operation: str, chosen: str, refusals: tuple[tuple[str, str], ...]) -> None:
-    """Log a choice the first time that it is made."""
+    """Log a choice the first time it is made."""
     logging.info("%s: %s", operation, chosen)
     for name, reason in refusals:
         logging.debug("%s: not %s: %s", operation, name, reason)

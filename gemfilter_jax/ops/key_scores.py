@@ -11,18 +11,18 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange, reduce
 
+from gemfilter_jax.ops import Normalisation
 from gemfilter_jax.ops.dispatch import Dispatcher
 from gemfilter_jax.parallel import collectives
-from gemfilter_jax.parallel.shards import Cut
+from gemfilter_jax.parallel.shards import SequenceShards
 
-Normalisation = Literal["none", "softmax", "sink"]
 Implementation = Literal["pallas", "xla"]
 Merge = Callable[[jax.Array], jax.Array]
-"""Makes the references [B, ...] of rows, over the keys at hand, those over all keys."""
+"""Turns the rows' references [B, ...] over the local keys into references over all keys."""
 
 _DISPATCHER = Dispatcher("key scores", {"pallas": None, "xla": None}, {"tpu": ("pallas", "xla")})
-_ROW_BLOCK = 64  # observation rows at a time where all rows observe
-_BLOCK = 1024  # keys scored at a time: bounds the logits to [B, H, W, block]
+_ROW_BLOCK = 64  # observation rows at a time in `score_keys_by_all_rows`
+_BLOCK = 1024  # keys scored at a time; bounds the logits to [B, H, W, block]
 _LARGEST_EXPONENT = 60.0  # e^60 summed over all rows and heads still fits float32
 
 
@@ -35,43 +35,44 @@ def score_keys(
     normalisation: Normalisation,
     window: jax.typing.ArrayLike | None = None,
     scale: float | None = None,
-    cut: Cut | None = None,
+    sequence: SequenceShards | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """The score of every key, summed over observation rows and weighted heads.
 
     Args:
-      q: [B, W, H, E], queries after rotary. rows: int [B, W], their positions below S; negative ones do not count.
+      q: [B, W, H, E], queries after rotary. rows: int [B, W], their positions below S; negative rows do not count.
       k: [B, S, G, E], keys after rotary.
       head_weights: float [H], or [N, H] for N weightings at once: `jnp.eye(H)` gives each head's own scores,
-        `jnp.repeat(jnp.eye(G), H // G, axis=1)` those of each key head.
-      normalisation: what becomes of the inner products of a row and the keys up to its own position.
-        "none": summed as they are, without scale, over all keys (GemFilter, arXiv 2409.17422, section 3). One product
-        of summed queries and keys, which XLA makes at the speed of memory: there is no kernel for it.
+        `jnp.repeat(jnp.eye(G), H // G, axis=1)` gives each key head's.
+      normalisation: how inner products become scores. Except under "none", a row sees keys up to its own position.
+        "none": raw inner products without scale, over all keys (GemFilter, arXiv 2409.17422, section 3). This is one
+        product of the summed queries with the keys. XLA runs it at memory speed, so it has no kernel.
         "softmax": attention probabilities.
-        "sink": exp(logit - logit of key 0), comparable between segments that share their first tokens, where each
-        segment's own softmax is not.
+        "sink": exp(logit - logit of key 0). Unlike each segment's own softmax, this is comparable between segments
+        that share their first tokens.
       window: how many keys a row sees, its own included, may be traced; None for all before it. Not for "none".
-      scale: of the inner products; None for E**-0.5. Not for "none".
-      cut: how the keys are cut over the mesh's seq axis in the program that this stands in; k is this device's part of
-        them, and the scores are those of that part. None if they are whole. Heads may be cut in any case: q, k and
-        `head_weights` are then those of this device.
-      implementation: "pallas" is this platform's kernel: for TPU, or for NVIDIA Hopper on a GPU. None takes it where
-        this process has one TPU device or the call stands in a `shard_map` on TPU, because XLA cannot partition a
-        kernel, and "xla" elsewhere and for what the kernel cannot serve: the GPU kernel is not yet measured on one.
+      scale: factor of the inner products; None for E**-0.5. Not for "none".
+      sequence: how the surrounding program shards keys over the mesh's seq axis; k and the scores are then this
+        device's shard. None if k is whole. If heads are sharded, q, k and `head_weights` are this device's shard.
+      implementation: "pallas" for the platform's kernel (TPU, or NVIDIA Hopper on a GPU), "xla", or None. On TPU, None
+        takes the kernel if there is one device or the call is inside a `shard_map`, because XLA cannot partition a
+        kernel. Elsewhere, and for inputs that the kernel does not support, None takes "xla". The GPU kernel is not yet
+        measured on hardware.
 
     Returns:
-      float32 [B, S], or [B, N, S] for N weightings. Keys of padding score too under "none": mask them by length.
+      float32 [B, S], or [B, N, S] for N weightings. Under "none" padding keys score too: mask them by length.
 
     Raises:
-      UserError: the named implementation does not serve, with the reason.
-      NotImplementedError: keys that are cut are given together with a window.
+      UserError: the named implementation does not support the call; the message gives the reason.
+      NotImplementedError: sharded keys are given together with a window.
     """
     with jax.named_scope("scoring"):
         weighted = head_weights.astype(jnp.float32)
         factor = q.shape[-1] ** -0.5 if scale is None else scale
-        if cut is not None and cut.parts > 1 and normalisation != "none":
-            scores = _scores_of_part(q, rows, k, weighted, normalisation == "sink", window, factor, cut, implementation)
+        if sequence is not None and sequence.axis_size > 1 and normalisation != "none":
+            from_sink = normalisation == "sink"
+            scores = _scores_of_shard(q, rows, k, weighted, from_sink, window, factor, sequence, implementation)
         else:
             scores = _scores(q, rows, k, weighted, normalisation, window, factor, implementation)
         return collectives.psum(scores, "model")
@@ -113,7 +114,7 @@ def _scores(
     return _DISPATCHER.first_that_serves(serve, implementation)
 
 
-def _scores_of_part(
+def _scores_of_shard(
     q: jax.Array,
     rows: jax.Array,
     k: jax.Array,
@@ -121,17 +122,17 @@ def _scores_of_part(
     from_sink: bool,
     window: jax.typing.ArrayLike | None,
     scale: float,
-    cut: Cut,
+    sequence: SequenceShards,
     implementation: Implementation | None,
 ) -> jax.Array:
-    """Scores of this device's part of the keys, its pieces as so many prompts; each row's reference is made of all."""
+    """Scores of this device's shard of the keys. Pieces form a batch; each row's reference covers all shards."""
     if window is not None:
-        raise NotImplementedError("keys that are cut are scored without a window")
-    starts = cut.starts(k.shape[1])
-    size = k.shape[1] // cut.pieces
+        raise NotImplementedError("sharded keys are scored without a window")
+    starts = sequence.starts(k.shape[1])
+    size = k.shape[1] // sequence.pieces
 
     def merge(reference: jax.Array) -> jax.Array:
-        of_pieces = rearrange(reference, "(p b) ... -> p b ...", p=cut.pieces)
+        of_pieces = rearrange(reference, "(p b) ... -> p b ...", p=sequence.pieces)
         if from_sink:
             first = (starts == 0).reshape(-1, *(1,) * (of_pieces.ndim - 1))
             merged = collectives.psum(jnp.where(first, of_pieces, 0.0).sum(axis=0), "seq")
@@ -139,14 +140,14 @@ def _scores_of_part(
             peak = collectives.pmax(of_pieces.max(axis=0), "seq")
             finite = jnp.where(jnp.isfinite(peak), peak, 0.0)
             merged = finite + jnp.log(collectives.psum(jnp.exp(of_pieces - finite).sum(axis=0), "seq"))
-        return jnp.tile(merged, (cut.pieces, *(1,) * (merged.ndim - 1)))
+        return jnp.tile(merged, (sequence.pieces, *(1,) * (merged.ndim - 1)))
 
     within = rows - starts[:, None, None]
     within = jnp.where(rows >= 0, jnp.clip(within, -1, size - 1), -1)
     scores = _scores(
-        jnp.tile(q, (cut.pieces, 1, 1, 1)),
+        jnp.tile(q, (sequence.pieces, 1, 1, 1)),
         rearrange(within, "p b w -> (p b) w"),
-        rearrange(k, "b (p s) g e -> (p b) s g e", p=cut.pieces),
+        rearrange(k, "b (p s) g e -> (p b) s g e", p=sequence.pieces),
         head_weights,
         "sink" if from_sink else "softmax",
         None,
@@ -154,7 +155,7 @@ def _scores_of_part(
         implementation,
         merge,
     )
-    return rearrange(scores, "(p b) ... s -> b ... (p s)", p=cut.pieces)
+    return rearrange(scores, "(p b) ... s -> b ... (p s)", p=sequence.pieces)
 
 
 def score_keys_by_all_rows(
@@ -168,10 +169,10 @@ def score_keys_by_all_rows(
     scale: float | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
-    """`score_keys` with every row of right-padded prompts as an observation row, as H2O scores (arXiv 2306.14048).
+    """`score_keys` with every row of right-padded prompts as an observation row, as in H2O (arXiv 2306.14048).
 
     Args:
-      q: [B, S, H, E]. lengths: int [B]; rows past them do not count. The rest as in `score_keys`.
+      q: [B, S, H, E]. lengths: int [B]; rows past them do not count. Other arguments as in `score_keys`.
 
     Returns:
       float32 [B, S], or [B, N, S] for N weightings.
@@ -199,7 +200,7 @@ def score_keys_by_all_rows(
 
 
 def _kernels() -> ModuleType:
-    """Those of this platform. Pallas takes a quarter of a second to import."""
+    """The platform's kernel module, imported on use: Pallas takes a quarter of a second to import."""
     if collectives.platform() == "gpu":
         from gemfilter_jax.pallas_kernels import gpu
 

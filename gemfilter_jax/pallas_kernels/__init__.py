@@ -1,1 +1,1 @@
-"""Pallas kernels behind the package's doors; they raise NotImplementedError, with the reason, for what they lack."""
+"""Pallas kernels; they raise NotImplementedError, with the reason, for inputs that they do not support."""

@@ -1,8 +1,8 @@
 """Selection scores on NVIDIA Hopper (Mosaic GPU): keys stream through shared memory, and no [H, W, S] array is made.
 
-Axes as in `ops.key_scores`; R = H / G query heads a key head; M is R * W, padded to whole chunks of 64 rows. A thread
-block keeps the rows of one key head, and asynchronous copies bring its span of the keys in blocks of 64. Products are
-`wgmma`, which Blackwell does not have. The kernels compile for an H100 and are right in Mosaic GPU's interpreter, but
+Axes as in `ops.key_scores`; R = H / G query heads per key head; M is R * W, padded to whole chunks of 64 rows. A thread
+block holds the rows of one key head, and asynchronous copies load its span of the keys in blocks of 64. Products use
+`wgmma`, which Blackwell does not have. The kernels compile for an H100 and are correct in Mosaic GPU's interpreter, but
 have not run on a GPU yet.
 """
 
@@ -18,11 +18,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gemfilter_jax.parallel import collectives
 
-_ROWS = _BLOCK = 64  # rows and keys of a product: what `wgmma` multiplies at a time
-_MOST_BUFFERS = 4  # blocks of keys under way or at work
-_THREAD_BLOCKS = 512  # at least, where there are as many blocks of keys: two for each of 132 processors, twice
-_SHARED_MEMORY = 224 * 2**10  # bytes of a processor that thread blocks plan to fill; the limit is 227 KiB
-_MASKED = -1e30  # finite, so that a row that has seen no key yet yields numbers instead of NaN
+_ROWS = _BLOCK = 64  # rows and keys per `wgmma` product
+_MOST_BUFFERS = 4  # key blocks in flight or in use
+_THREAD_BLOCKS = 512  # at least, given as many key blocks: about two waves of two per SM on 132 SMs
+_SHARED_MEMORY = 224 * 2**10  # bytes per SM that thread blocks plan to fill; the limit is 227 KiB
+_MASKED = -1e30  # finite, so that a row that has seen no key yet does not yield NaN
 
 
 def masses(
@@ -42,11 +42,11 @@ def masses(
     The reference is a row's log-sum-exp over the keys it sees, or its logit with key 0 (`from_sink`).
 
     Args:
-      merge: makes of references [B, ...] over these keys those over keys elsewhere too; None if there are none.
+      merge: turns references [B, ...] over k into references over all shards' keys; None if k has all keys.
 
     Raises:
       NotImplementedError: the GPU is not a Hopper, q and k are not both bfloat16 or both float16, E is not a multiple
-        of 16, or rows and weightings leave no room in shared memory.
+        of 16, or rows and weightings leave no room for keys in shared memory.
     """
     weights = jnp.atleast_2d(head_weights.astype(jnp.float32))
     _refuse_what_cannot_be_served(q, k, len(weights))
@@ -93,7 +93,7 @@ def _refuse_what_cannot_be_served(q: jax.Array, k: jax.Array, weightings: int) -
 
 
 def _buffers(rows: int, width: int, weightings: int) -> int:
-    """Blocks of keys to hold beside M rows: so many that a processor runs two thread blocks, if that leaves 2."""
+    """Key blocks to buffer beside M rows: as many as fit with two thread blocks per SM, or with one if that is < 2."""
     kept = rows * width * 2 + ((3 + weightings) * rows + weightings * _BLOCK) * 4
     of_two, of_one = ((memory - kept) // (_BLOCK * width * 2) for memory in (_SHARED_MEMORY // 2, _SHARED_MEMORY))
     return min(_MOST_BUFFERS, of_two if of_two >= 2 else of_one)
@@ -107,7 +107,7 @@ def _padded(x: jax.Array, axis: int = -1, fill: int = 0) -> jax.Array:
 
 
 def _span(k: jax.Array) -> int:
-    """Blocks of keys that a thread block scores."""
+    """How many key blocks a thread block scores."""
     batch, length, groups, _ = k.shape
     return max(1, batch * groups * pl.cdiv(length, _BLOCK) // _THREAD_BLOCKS)
 
@@ -120,13 +120,13 @@ def _call(kernel, out_shape, blocks, k, queries, *operands):
     """Run a kernel over [B, spans, G].
 
     Args:
-      blocks: int32 [B, 2], first and last block that any row sees; no other is read, nor written.
+      blocks: int32 [B, 2], first and last block that any row sees; no block outside them is read or written.
       k: [B, S, G, E]. queries: [B, G, M, E].
-      operands: what a thread block keeps in shared memory beside its queries: int32 [B, G, 2, M], first and last
-        key that each row sees, and for `_masses` float32 [B, G, 1 + N, M], each row's reference and weights.
+      operands: held in shared memory beside the queries: int32 [B, G, 2, M], first and last key that each row sees,
+        and for `_masses` float32 [B, G, 1 + N, M], each row's reference and weights.
     """
     groups, width = k.shape[2:]
-    operands = [rearrange(x, "b g n (c m) -> b g n c m", m=_ROWS) for x in operands]  # a copy's axes have 256 values
+    operands = [rearrange(x, "b g n (c m) -> b g n c m", m=_ROWS) for x in operands]  # copies take axes of at most 256
     kept = [plgpu.SMEM(queries.shape[2:], queries.dtype, transforms=_transforms(width))]
     kept += [plgpu.SMEM(x.shape[2:], x.dtype) for x in operands]
     scores = [] if len(operands) == 1 else [plgpu.SMEM((out_shape[2], _BLOCK), jnp.float32)]
@@ -142,19 +142,19 @@ def _call(kernel, out_shape, blocks, k, queries, *operands):
 
 
 def _transforms(width: int) -> tuple:
-    """How 16-bit values [..., E] lie in shared memory."""
+    """The shared-memory layout of 16-bit values [..., E]."""
     swizzle = math.gcd(width * 2, 128)
     tiling = plgpu.TilingTransform((8, swizzle // 2))  # pyright: ignore[reportAbstractUsage]
     return tiling, plgpu.SwizzleTransform(swizzle)  # pyright: ignore[reportAbstractUsage]
 
 
 def _place():
-    """Indices of this thread block: of the prompt, the span and the key head."""
+    """This thread block's indices: prompt, span and key head."""
     return tuple(jax.lax.axis_index(name) for name in ("batch", "span", "group"))
 
 
 def _run(kernel, blocks_ref, k_ref, *refs, span, buffers):
-    """Bring what a thread block keeps, then run `kernel(over_blocks, out_ref, *kept, *scores)`."""
+    """Copy the operands to shared memory, then run `kernel(over_blocks, out_ref, *kept, *scores)`."""
     *from_refs, out_ref, kept, arrived, scores = refs
     b, s, g = _place()
     for source, destination in zip(from_refs, kept, strict=True):
@@ -179,7 +179,7 @@ def _run(kernel, blocks_ref, k_ref, *refs, span, buffers):
 
 
 def _product(a_ref, b_ref):
-    """float32 [64, 64] of [64, E] and [64, E]."""
+    """float32 [64, 64], the product of [64, E] and the transpose of [64, E]."""
 
     def multiply(sum_ref):
         plgpu.wgmma(sum_ref, a_ref, b_ref.transpose((1, 0)))
@@ -189,7 +189,7 @@ def _product(a_ref, b_ref):
 
 
 def _wide(row_values, axis):
-    """One value a row -> [64, 64], with rows along `axis`."""
+    """Broadcast one value per row to [64, 64], with rows along `axis`."""
     return jax.lax.broadcast_in_dim(row_values, (_ROWS, _BLOCK), (axis,))
 
 
@@ -202,7 +202,7 @@ def _seen(seen_ref, chunk, block, rows_axis):
 
 
 def _load(values_ref, axis):
-    """64 values, as `_wide` takes them."""
+    """Load 64 values in the layout that `_wide` takes."""
     return plgpu.layout_cast(values_ref[...], plgpu.Layout.WGMMA.reduce(1 - axis))
 
 

@@ -1,8 +1,8 @@
-"""Selection scores on TPU (Mosaic): keys pass through fast memory in blocks, and no [H, W, S] array is made in HBM.
+"""Selection scores on TPU (Mosaic): keys stream through VMEM in blocks, and no [H, W, S] array is made in HBM.
 
-Axes as in `ops.key_scores`; R = H / G query heads a key head. W is padded to whole sublanes. Keys are read as [G, E,
-block]: XLA keeps what rotary writes with the sequence last, so that no copy is made, and any E is a whole axis to
-Mosaic.
+Axes as in `ops.key_scores`; R = H / G query heads per key head. W is padded to whole sublanes. Keys are read as [G, E,
+block]. XLA already stores the rotated keys with the sequence last, so this needs no copy, and because E is a whole axis
+Mosaic takes any E.
 """
 
 import functools
@@ -14,12 +14,12 @@ from einops import rearrange, repeat
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from gemfilter_jax.ops.precision import precision_of
+from gemfilter_jax.precision import precision_of
 
 _LANES, _SUBLANES = 128, 8
 _VMEM = 12 * 2**20  # bytes that a kernel plans to fill; Mosaic's own limit is 16 MiB
 _LARGEST_BLOCK = 1024  # keys
-_MASKED = -1e30  # finite, so that a row that has seen no key yet yields numbers instead of NaN
+_MASKED = -1e30  # finite, so that a row that has seen no key yet does not yield NaN
 
 
 def masses(
@@ -39,7 +39,7 @@ def masses(
     The reference is a row's log-sum-exp over the keys it sees, or over key 0 alone (`from_sink`).
 
     Args:
-      merge: makes of references [B, ...] over these keys those over keys elsewhere too; None if there are none.
+      merge: turns references [B, ...] over k into references over all shards' keys; None if k has all keys.
 
     Raises:
       NotImplementedError: q and k are not both bfloat16 or both float32, or no block of 128 keys fits in VMEM.
@@ -68,9 +68,9 @@ def masses(
 
 
 def _block(queries: jax.Array, weights: jax.Array, length: int) -> int:
-    """Keys a block, for queries [B, G, R * W, E] and weights [N, H]."""
+    """Keys per block, for queries [B, G, R * W, E] and weights [N, H]."""
     _, groups, rows, width = queries.shape
-    column = rows * _LANES * 4  # one value a row fills all lanes
+    column = rows * _LANES * 4  # one value per row fills all lanes
     fixed = (6 * groups + 2) * column + 2 * groups * rows * pl.cdiv(width, _LANES) * _LANES * queries.dtype.itemsize
     a_key = 2 * groups * width * queries.dtype.itemsize + (4 * rows + 2 * len(weights) + weights.shape[1]) * 4
     fitting = (_VMEM - fixed) // a_key // _LANES * _LANES
@@ -83,10 +83,10 @@ def _call(kernel, blocks, seen, queries, keys, reference=None, weights=None, *, 
     """Run a kernel over [B, blocks of keys].
 
     Args:
-      blocks: int32 [B, 2], first and last block that any row sees; no other is read.
+      blocks: int32 [B, 2], first and last block that any row sees; no block outside them is read.
       seen: int32 [B, R * W, 2], first and last key that each row sees.
       queries: [B, G, R * W, E]. keys: [B, G, E, S].
-      reference: float32 [B, G, R * W, 1], and weights: float32 [N, H], or neither.
+      reference: float32 [B, G, R * W, 1], and weights: float32 [N, H]; give both or neither.
 
     Returns:
       float32 [B, N, S] with weights, else [B, G, R * W, 1].
@@ -127,7 +127,7 @@ def _call(kernel, blocks, seen, queries, keys, reference=None, weights=None, *, 
 
 
 def _logits(seen_ref, q_ref, k_ref, group, scale):
-    """Of one group: float32 [R * W, block], and whether a row sees a key, bool."""
+    """One group's logits, float32 [R * W, block], and the bool mask of the keys that each row sees."""
     queries, keys = q_ref[group], k_ref[group]
     products = jax.lax.dot(queries, keys, precision=precision_of(keys), preferred_element_type=jnp.float32)
     position = pl.program_id(1) * keys.shape[1] + jax.lax.broadcasted_iota(jnp.int32, products.shape, 1)

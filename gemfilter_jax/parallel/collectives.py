@@ -1,7 +1,7 @@
-"""What the devices of a mesh exchange, as JAX names it; nothing along an axis that is not cut.
+"""Collectives over mesh axes, under JAX's names. They do nothing along an axis that the program does not shard.
 
-Programs run on a mesh inside one `jax.shard_map` that is manual over all axes: each device works on its part with the
-code that runs on a single device, and each exchange stands where it happens.
+Programs run on a mesh inside one `jax.shard_map` that is manual over all axes. Each device runs the single-device code
+on its shard, and that code calls the collectives explicitly.
 """
 
 from collections.abc import Callable
@@ -14,21 +14,21 @@ from jax.sharding import Mesh, PartitionSpec
 
 
 def shard_map(mesh: Mesh, fn: Callable[..., Any], in_specs: tuple[Any, ...], out_specs: Any) -> Callable[..., Any]:
-    """`fn` on each device's part of its arguments; None in `in_specs` for those that all devices have whole."""
+    """`fn`, run on each device's shard of its arguments; None in `in_specs` replicates an argument."""
     in_specs = tuple(PartitionSpec() if one is None else one for one in in_specs)
     return jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def platform() -> str:
-    """Where the program that is being traced will run: on its mesh, whose devices may be another machine's."""
+    """The platform that the traced program will run on: that of its mesh, whose devices may be on another machine."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
 def compute_capability() -> str | None:
-    """Such as "9.0", of the NVIDIA GPU on which the program that is being traced will run, as `platform` has it.
+    """Compute capability, such as "9.0", of the NVIDIA GPU that the traced program will run on; see `platform`.
 
-    None where this process has no device of that kind to ask: other devices, and GPUs of another machine.
+    None for other devices, and for a GPU on another machine if this process has no device of the same kind.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is None:
@@ -42,7 +42,7 @@ def compute_capability() -> str | None:
 
 
 def axis_size(axis: str) -> int:
-    """Size of a mesh axis in the program that is being traced; 1 where the program does not shard along it."""
+    """Size of a mesh axis in the traced program; 1 if the program does not shard along it."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.shape[axis] if axis in mesh.manual_axes else 1
 
@@ -53,7 +53,7 @@ def axis_index(axis: str) -> jax.Array | int:
 
 
 def own_shard(x: jax.Array, axis: str, dimension: int) -> jax.Array:
-    """This device's shard of an array that all devices have whole."""
+    """This device's shard of an array that every device holds whole."""
     size = x.shape[dimension] // axis_size(axis)
     return jax.lax.dynamic_slice_in_dim(x, axis_index(axis) * size, size, dimension) if axis_size(axis) > 1 else x
 
@@ -74,12 +74,12 @@ def all_gather(x: jax.Array, axis: str, dimension: int) -> jax.Array:
 
 
 def to_host(tree: Any) -> Any:
-    """A tree of arrays in NumPy, whole on every process, wherever they lie."""
+    """A tree of arrays as NumPy arrays, whole on every process, wherever their shards are."""
     if all(leaf.is_fully_addressable for leaf in jax.tree.leaves(tree)):
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def any_row(x: jax.Array) -> jax.Array:
-    """Whether any of a batch's x is true, on any device."""
+    """Whether x is true in any row of the batch, on any device."""
     return pmax(x.any().astype(jnp.int32), "data") > 0

@@ -1,7 +1,7 @@
-"""One run in several processes, on one host or many: how each starts and ends, and which of them speaks.
+"""A run of several processes, on one or more hosts: how each starts and ends, and which one writes the output.
 
-JAX ends a process from C++ when another process of its run is gone, so no Python code of it is left to say why. A shell
-beside each process waits for its end and says it then.
+When one process of a run dies, JAX ends the others from C++, so their Python code cannot report why. A shell beside
+each process waits for it to end and then prints the reason.
 """
 
 import contextlib
@@ -18,11 +18,11 @@ from typing import NoReturn
 from gemfilter_jax.errors import UserError
 
 _START_SECONDS = 120
-"""In which all processes of a run must have found one another."""
+"""Time limit for all processes of a run to find one another."""
 _HEARTBEAT_SECONDS = 10
-"""A process that was not heard of for so long counts as dead, and the run ends."""
+"""A process that sends no heartbeat for this long counts as dead, and the run ends."""
 _PARTING_SECONDS = 5
-"""How long a process that failed waits for others that fail alike, so that each can say why."""
+"""How long a failed process waits for others that fail in the same way, so that each can report its error."""
 
 _LISTENING = 'while read -r line; do words=$line; done; [ -z "$words" ] || printf "%s\\n" "$words" >&2'
 
@@ -30,17 +30,17 @@ _first, _several = True, False
 
 
 def is_first() -> bool:
-    """Whether this process prints the answer and writes files; true outside a run of several."""
+    """Whether this process prints the answer and writes files; true outside a multi-process run."""
     return _first
 
 
 def is_one_of_several() -> bool:
-    """Whether this process is part of a run of several."""
+    """Whether this process is part of a multi-process run."""
     return _several
 
 
 def of_first(number: int) -> int:
-    """A number as the first process has it, on all that call this; below 2^31."""
+    """The first process's `number`, on every process; all must call this. It must be below 2^31."""
     if not _several:
         return number
     import numpy as np
@@ -51,19 +51,20 @@ def of_first(number: int) -> int:
 
 @contextlib.contextmanager
 def joined(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> Iterator[None]:
-    """Be one process of a run for the length of the block, after which all leave together.
+    """Join a multi-process run for the duration of the block; all processes leave it together.
 
-    Must be entered before JAX uses a device. Whoever leaves by an exception, `SystemExit` included, ends here without
-    waiting for the others, which end as well: at once if it was the first process, else when they miss its heartbeat.
+    Enter it before JAX uses a device. If the block raises, `SystemExit` included, this process exits after waiting at
+    most `_PARTING_SECONDS`. The others then end too: at once if it was the first process, else when they miss its
+    heartbeat.
 
     Args:
-      coordinator: host and port where the first process listens; None takes everything from the environment, as
-        `jax.distributed.initialize` finds it.
-      processes: how many there are.
-      process: which one this is, counted from 0.
+      coordinator: host and port where the first process listens; None lets `jax.distributed.initialize` read all
+        settings from the environment.
+      processes: the number of processes.
+      process: the 0-based index of this one.
 
     Raises:
-      UserError: the environment does not tell, or the port is in use.
+      UserError: the environment lacks these settings, or the port is in use.
     """
     if coordinator is not None and process == 0:
         _check_free(coordinator)
@@ -76,8 +77,8 @@ def joined(coordinator: str | None = None, processes: int | None = None, process
         tell(
             f"{program}: ended before the processes of the run had found one another, which may take {_START_SECONDS} s"
         )
-        jax.config.update("jax_enable_preemption_service", False)  # which would have SIGTERM end nothing
-        interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own is not heard while C++ waits
+        jax.config.update("jax_enable_preemption_service", False)  # with it, SIGTERM would not end the process
+        interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's handler does not run while C++ waits
         try:
             jax.distributed.initialize(
                 coordinator,
@@ -110,7 +111,7 @@ def joined(coordinator: str | None = None, processes: int | None = None, process
 
 
 def _leave(status: int) -> NoReturn:
-    """End this process, together with the others if they come within the time of parting."""
+    """Exit this process, together with the others if they arrive within `_PARTING_SECONDS`."""
     import jax
 
     try:
@@ -123,7 +124,7 @@ def _leave(status: int) -> NoReturn:
 
 
 def _check_free(coordinator: str) -> None:
-    """Raise a `UserError` if the port is in use, of which gRPC would die."""
+    """Raise a `UserError` if the port is in use; gRPC would crash the process."""
     port = int(coordinator.rpartition(":")[2])
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -134,7 +135,7 @@ def _check_free(coordinator: str) -> None:
 
 
 def _stdout_of_python_alone() -> None:
-    """Send what C++ code prints to standard error: gloo prints its ranks, which are no part of an answer."""
+    """Redirect the output of C++ code to standard error: gloo prints its ranks, which do not belong in an answer."""
     sys.stdout.flush()
     sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
     os.dup2(2, 1)
@@ -142,7 +143,7 @@ def _stdout_of_python_alone() -> None:
 
 @contextlib.contextmanager
 def _last_words() -> Iterator[Callable[[str], None]]:
-    """What to call with the line to be said on standard error if this process ends without calling it again."""
+    """Yield a function that sets the line printed to standard error when this process ends; "" prints nothing."""
     listener = subprocess.Popen(
         ["sh", "-c", _LISTENING],
         stdin=subprocess.PIPE,

@@ -1,13 +1,13 @@
-"""The device mesh, and where weights and activations lie on it.
+"""The device mesh, and how weights and activations are sharded over it.
 
-Mesh axes: "data" cuts batches, "seq" the prompts of stage 1, "model" heads, MLP and vocabulary. Programs run on a mesh
-inside one `jax.shard_map` that is manual over all axes: each device works on its part with the code that runs on a
-single device, and what devices exchange stands in that code as `total`, `gathered` and their like, which do nothing
-where an axis is not cut.
+Mesh axes: "data" shards batches, "seq" shards the prompts of stage 1, and "model" shards heads, MLP and vocabulary.
+Programs run on a mesh inside one `jax.shard_map` that is manual over all axes. Each device runs the single-device code
+on its shard, and that code calls the functions of `collectives`, which do nothing along an unsharded axis.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gemfilter_jax.config import ModelConfig
 from gemfilter_jax.errors import UserError
+from gemfilter_jax.parallel import collectives
 
 AXES = ("data", "seq", "model")
 
@@ -29,14 +30,14 @@ RULES = {
     "embed": None,
     "head_width": None,
 }
-"""Logical axis -> mesh axis, None for a copy on each device."""
+"""Logical axis -> mesh axis, None to replicate it."""
 
 _Row = TypeVar("_Row")
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshShape:
-    """How many parts each mesh axis cuts into."""
+    """The size of each mesh axis."""
 
     data: int = 1
     seq: int = 1
@@ -44,10 +45,10 @@ class MeshShape:
 
     @classmethod
     def parse(cls, text: str) -> "MeshShape":
-        """From "data:1,seq:4,model:2"; axes that are left out are not cut.
+        """Parse a text such as "data:1,seq:4,model:2"; omitted axes have size 1.
 
         Raises:
-          UserError: an unknown or repeated axis, or a size that is no number of at least 1.
+          UserError: an unknown or repeated axis, or a size that is not an integer of at least 1.
         """
         sizes: dict[str, int] = {}
         for part in text.split(","):
@@ -62,12 +63,12 @@ class MeshShape:
 
     @property
     def size(self) -> int:
-        """How many devices it takes."""
+        """The number of devices."""
         return self.data * self.seq * self.model
 
     @property
     def rows(self) -> int:
-        """Into how many parts programs that leave sequences whole cut a batch."""
+        """The number of batch shards in programs that do not shard sequences."""
         return self.data * self.seq
 
     def __str__(self) -> str:
@@ -75,15 +76,15 @@ class MeshShape:
 
 
 def shape_of(mesh: Mesh | None) -> MeshShape:
-    """The shape of a mesh; None is one device."""
+    """The shape of a mesh; None means one device."""
     return MeshShape() if mesh is None else MeshShape(**mesh.shape)
 
 
 def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over the first of some devices, all of this run's if None.
+    """A mesh over the first of `devices`; None for all devices of this run.
 
     Raises:
-      UserError: there are too few.
+      UserError: there are too few devices.
     """
     present = jax.devices() if devices is None else devices
     if shape.size > len(present):
@@ -94,7 +95,7 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def check(config: ModelConfig, shape: MeshShape) -> None:
-    """Raise a `UserError` if a model cannot be split over the model axis, with the sizes that could."""
+    """Raise a `UserError` if the model axis cannot shard a model; the message lists the sizes that can."""
     fitting = [size for size in range(1, config.heads + 1) if not _in_the_way(config, size)]
     if shape.model not in fitting:
         raise UserError(
@@ -104,7 +105,7 @@ def check(config: ModelConfig, shape: MeshShape) -> None:
 
 
 def _in_the_way(config: ModelConfig, parts: int) -> str | None:
-    """What of a model cannot be cut into so many parts; key heads may also be shared by several of them."""
+    """The dimension of a model that `parts` shards cannot split evenly, if any; several shards may share a key head."""
     if config.heads % parts:
         return f"{config.heads} query heads"
     if config.kv_heads % parts and parts % config.kv_heads:
@@ -113,7 +114,7 @@ def _in_the_way(config: ModelConfig, parts: int) -> str | None:
 
 
 def shapes(config: ModelConfig, devices: int, *, many_prompts: bool = False) -> list[MeshShape]:
-    """All shapes for so many devices, the one with the fewest parts of the model first; see `automatic_shape`."""
+    """All mesh shapes for a number of devices, the smallest model axis first; see `automatic_shape`."""
     possible = [parts for parts in range(1, devices + 1) if devices % parts == 0 and not _in_the_way(config, parts)]
     rest = "data" if many_prompts else "seq"
     return [MeshShape(model=parts, **{rest: devices // parts}) for parts in possible]
@@ -122,11 +123,11 @@ def shapes(config: ModelConfig, devices: int, *, many_prompts: bool = False) -> 
 def automatic_shape(
     config: ModelConfig, devices: int, *, weights: int, memory: int | None, many_prompts: bool = False
 ) -> MeshShape:
-    """A shape for so many devices: as few parts of the model as fit, and the rest for prompts.
+    """A mesh shape for a number of devices: the smallest model axis whose shards fit, and the rest on the seq axis.
 
     Args:
-      weights: bytes of the whole model. memory: of one device, None where it is not known, as on a CPU.
-      many_prompts: the rest goes to the data axis instead of the seq axis.
+      weights: bytes of the whole model. memory: bytes of one device; None if unknown, as on a CPU.
+      many_prompts: put the rest on the data axis instead of the seq axis.
     """
     possible = shapes(config, devices, many_prompts=many_prompts)
     roomy = [shape for shape in possible if memory is None or weights / shape.model <= memory / 2]
@@ -134,23 +135,23 @@ def automatic_shape(
 
 
 def without_seq(mesh: Mesh) -> Mesh:
-    """The same devices with the seq axis joined to the data axis, for programs that do not cut sequences."""
+    """The same devices with the seq axis merged into the data axis, for programs that do not shard sequences."""
     shape = shape_of(mesh)
     return Mesh(mesh.devices.reshape(shape.data * shape.seq, 1, shape.model), AXES)
 
 
 def evenly(rows: Sequence[_Row], parts: int) -> list[_Row]:
-    """Rows of a batch, the last one repeated until they can be cut into so many parts."""
+    """Rows of a batch, the last one repeated until their number is a multiple of `parts`."""
     return [*rows, *[rows[-1]] * (-len(rows) % parts)]
 
 
 def spec(*axes: str | None) -> Any:
-    """The `PartitionSpec` of an array with these logical axes, None for one that is never cut."""
+    """The `PartitionSpec` of an array with these logical axes, None for an axis that is never sharded."""
     return PartitionSpec(*(axis and RULES[axis] for axis in axes))
 
 
 def partition(axes: tuple[str, ...], dimensions: int, config: ModelConfig, mesh: Mesh) -> PartitionSpec:
-    """The layout of a parameter with logical `axes`, stacked or not; what cannot be cut evenly is copied."""
+    """Layout of a parameter with logical `axes`, stacked or not; axes that do not divide evenly are replicated."""
     units = {"vocab": config.vocab, "heads": config.heads, "kv_heads": config.kv_heads, "mlp": config.mlp_width}
 
     def onto(axis: str) -> str | None:
@@ -161,7 +162,7 @@ def partition(axes: tuple[str, ...], dimensions: int, config: ModelConfig, mesh:
 
 
 def specs(model: Any, mesh: Mesh) -> Any:
-    """The `PartitionSpec` of every parameter of a decoder, abstract or not, in a tree like it."""
+    """The `PartitionSpec` of every parameter of a decoder, abstract or not, in a tree of the same structure."""
 
     def of(parameter: nnx.Param) -> nnx.Param:
         return jax.tree.map(
@@ -171,14 +172,32 @@ def specs(model: Any, mesh: Mesh) -> Any:
     return jax.tree.map(of, model, is_leaf=lambda node: isinstance(node, nnx.Param))
 
 
+def on_devices(
+    model: Any,
+    fn: Callable[..., Any],
+    in_specs: tuple[Any, ...],
+    out_specs: Any,
+    *,
+    cuts_sequences: bool = False,
+) -> Callable[..., Any]:
+    """Bind the decoder in fn(model, ...); the result runs on the decoder's mesh if it has one.
+
+    Args:
+      in_specs, out_specs: `PartitionSpec`s; one can cover a whole subtree. None in `in_specs` replicates an argument.
+      cuts_sequences: whether the seq axis shards sequences; otherwise it is merged into the data axis.
+    """
+    if model.mesh is None:
+        return functools.partial(fn, model)
+    mesh = model.mesh if cuts_sequences else without_seq(model.mesh)
+    return functools.partial(collectives.shard_map(mesh, fn, (specs(model, mesh), *in_specs), out_specs), model)
+
+
 def with_shardings(abstract: Any, mesh: Mesh | None) -> Any:
-    """An abstract decoder that lies on `mesh`, and whose parameters know how; unchanged without one."""
+    """An abstract decoder on `mesh`, with a sharding for each parameter; unchanged if `mesh` is None."""
     if mesh is None:
         return abstract
 
     def placed(leaf: jax.ShapeDtypeStruct, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
-    laid_out = jax.tree.map(placed, abstract, specs(abstract, mesh))
-    laid_out.mesh = mesh
-    return laid_out
+    return jax.tree.map(placed, abstract, specs(abstract, mesh)).replace(mesh=mesh)

@@ -1,1 +1,1 @@
-"""Whether a model, a prompt and some devices fit together, from programs that are compiled and never run."""
+"""Plans whether a model and a prompt fit on given devices, from programs that are compiled but never run."""

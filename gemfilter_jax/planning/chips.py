@@ -1,4 +1,4 @@
-"""Chips that can be rented, what their makers publish of them, and how they are wired together."""
+"""Rentable TPU chips: published specifications, topologies, and the devices that the compiler describes."""
 
 import dataclasses
 import importlib.metadata
@@ -11,18 +11,18 @@ import sys
 
 from gemfilter_jax.errors import UserError, reason
 
-_LIBTPU = pathlib.Path(sys.prefix, "libtpu")  # where `make test` puts it
+_LIBTPU = pathlib.Path(sys.prefix, "libtpu")  # where `make test` installs it
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One accelerator.
+    """One accelerator chip.
 
     Attributes:
-      memory: bytes that XLA's compiler lets programs have; a little less than is published.
-      flops: bfloat16 operations a second, at most. bandwidth: bytes a second from memory.
-      link: bytes a second to one neighbour, in one direction.
-      topologies: that are for rent, from the smallest.
+      memory: bytes that XLA's compiler lets a program use, a little less than the published size.
+      flops: peak bfloat16 operations per second. bandwidth: memory bandwidth in bytes per second.
+      link: bytes per second to one neighbour, in one direction.
+      topologies: rentable topologies, smallest first.
     """
 
     memory: int
@@ -46,10 +46,10 @@ bidirectional interconnect bandwidth of all ports of a chip, 4 of a 2D torus and
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Some devices.
+    """A number of devices and their layout.
 
     Attributes:
-      kind: of chip, a name of `CHIPS`, or "cpu". shape: as in "2x4", or a number of CPU devices.
+      kind: a chip name in `CHIPS`, or "cpu". shape: a grid of chips such as "2x4", or the number of CPU devices.
     """
 
     kind: str
@@ -57,10 +57,10 @@ class Topology:
 
     @classmethod
     def parse(cls, text: str) -> "Topology":
-        """From "v5e:2x4" or "cpu:8".
+        """Parse "v5e:2x4" or "cpu:8".
 
         Raises:
-          UserError: an unknown kind or shape.
+          UserError: the kind is unknown or the shape is malformed.
         """
         kind, _, shape = text.partition(":")
         pattern = r"[1-9]\d{0,3}" if kind == "cpu" else r"[1-9]\d{0,2}(x[1-9]\d{0,2}){1,2}"
@@ -71,17 +71,17 @@ class Topology:
 
     @property
     def size(self) -> int:
-        """How many devices."""
+        """Number of devices."""
         return math.prod(map(int, self.shape.split("x")))
 
     @property
     def chip(self) -> Chip | None:
-        """None for a CPU, of which nothing is known."""
+        """The chip, or None for a CPU, whose memory and speed are unknown."""
         return CHIPS.get(self.kind)
 
     @property
     def larger(self) -> list["Topology"]:
-        """Those of the same chip that have more devices, from the smallest."""
+        """Topologies of the same chip with more devices, smallest first."""
         shapes = self.chip.topologies if self.chip else ()
         return [other for shape in shapes if (other := Topology(self.kind, shape)).size > self.size]
 
@@ -90,10 +90,10 @@ class Topology:
 
 
 def prepare_process(topology: Topology) -> None:
-    """Have this process, which must not have imported JAX yet, compile for a topology and run on its processor.
+    """Set up this process, before it imports JAX, to compile for a topology and to run on the host CPU.
 
     Raises:
-      UserError: the topology is of TPU chips, and their compiler is not installed.
+      UserError: the topology has TPU chips and their compiler is not installed.
     """
     os.environ["JAX_PLATFORMS"] = "cpu"
     if topology.chip is None:
@@ -105,7 +105,7 @@ def prepare_process(topology: Topology) -> None:
             raise UserError(f"topology {topology} takes TPU's compiler, which runs anywhere: pip install libtpu")
         sys.path.append(str(_LIBTPU))
     os.environ |= {
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # any; what is asked of the compiler names its own chips
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # any value works: each call of the compiler names its chips
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -113,17 +113,17 @@ def prepare_process(topology: Topology) -> None:
 
 
 def devices(topology: Topology) -> list:
-    """The devices of a topology, which need not be present unless they are this machine's processor.
+    """The devices of a topology. TPU devices need not be present; CPU devices are those of this machine.
 
     Raises:
-      UserError: the compiler knows no such topology.
+      UserError: the compiler does not know the topology.
     """
     import jax
     from jax.experimental import topologies
 
     if topology.chip is None:
         return jax.devices()
-    one_chip = {"chips_per_host_bounds": (1, 1, 1)} if topology.size == 1 else {}  # libtpu 0.0.42 assumes four
+    one_chip = {"chips_per_host_bounds": (1, 1, 1)} if topology.size == 1 else {}  # libtpu 0.0.42 assumes four chips
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=str(topology), **one_chip)
         return list(described.devices)
@@ -132,6 +132,6 @@ def devices(topology: Topology) -> list:
 
 
 def versions(topology: Topology) -> dict[str, str]:
-    """Of the packages that a plan hangs on."""
+    """Versions of the packages that a plan depends on."""
     names = ("jax", "libtpu") if topology.chip else ("jax",)
     return {name: importlib.metadata.version(name) for name in names}

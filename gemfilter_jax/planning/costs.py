@@ -1,7 +1,7 @@
-"""What a program costs one device, counted in its jaxpr: matrix products and what devices exchange.
+"""Costs of a program on one device, counted in its jaxpr: matrix products and collectives.
 
-The walk goes through loops as often as they run. It knows the numbers that steer them (lengths, the filter's layer,
-block indices) because it computes those, on the first device of the mesh; all else it leaves unknown.
+The walk counts each loop for as many iterations as it runs. It computes the values that control loops (lengths, the
+filter layer, block indices) as the first device of the mesh would. All other values stay unknown.
 """
 
 import dataclasses
@@ -15,17 +15,18 @@ import numpy as np
 from jax.extend import core
 
 Known = np.ndarray | None
-"""A value, None if it is not known."""
+"""A value, or None if it is unknown."""
 
-_LARGEST = 4096  # elements of what is computed
+_LARGEST = 4096  # elements of the largest array that the walk computes
 
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
-    """One kind of collective over one mesh axis.
+    """Collectives of one kind over one mesh axis.
 
     Attributes:
-      count: how often. bytes: that a device puts in, altogether. sent: bytes that it sends, in a ring.
+      count: number of collectives. bytes: total size of one device's operands.
+      sent: total bytes that one device sends in a ring algorithm.
     """
 
     count: int
@@ -35,11 +36,11 @@ class Exchange:
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """Of one device.
+    """Costs of a program on one device.
 
     Attributes:
-      flops: of matrix products.
-      exchanges: by the collective and the mesh axis, such as ("psum", "model").
+      flops: FLOPs of matrix products.
+      exchanges: collectives by kind and mesh axis, such as ("psum", "model").
     """
 
     flops: int = 0
@@ -61,12 +62,12 @@ class Costs:
 
     @property
     def exchanged(self) -> int:
-        """Bytes that a device puts into all collectives."""
+        """Size in bytes of one device's operands of all collectives."""
         return sum(one.bytes for one in self.exchanges.values())
 
     @property
     def sent(self) -> int:
-        """Bytes that a device sends, in rings."""
+        """Bytes that one device sends in all collectives, in ring algorithms."""
         return sum(one.sent for one in self.exchanges.values())
 
 
@@ -74,7 +75,7 @@ def of_program(function: Any, *arguments: Any, **options: Any) -> Costs:
     """The costs of a jitted function.
 
     Args:
-      arguments, options: NumPy arrays where a value is known, `jax.ShapeDtypeStruct`s elsewhere, and static options.
+      arguments, options: NumPy arrays for known values, `jax.ShapeDtypeStruct`s for unknown ones; static options.
     """
     jaxpr = function.trace(*arguments, **options).jaxpr
     leaves = [leaf for leaf in jax.tree.leaves((arguments, options)) if hasattr(leaf, "shape")]
@@ -82,21 +83,21 @@ def of_program(function: Any, *arguments: Any, **options: Any) -> Costs:
 
 
 class _UnknownError(Exception):
-    """A loop's length or a branch hangs on what is not known."""
+    """A loop's length or a branch depends on an unknown value."""
 
 
 _Step = Callable[[Sequence[Known]], tuple[list[Known], Costs]]
 
 
 class _Walk:
-    """A walk through a program that stands on a mesh with these axes."""
+    """A walk through a program on a mesh with the given axis sizes."""
 
     def __init__(self, axes: dict[str, int]):
         self._axes = axes
-        self._constant: dict[int, Costs | None] = {}  # of jaxprs of which nothing is known, None if that is too little
+        self._constant: dict[int, Costs | None] = {}  # by jaxpr id; None if the costs depend on inputs
 
     def through(self, closed: Any, values: Sequence[Known]) -> tuple[list[Known], Costs]:
-        """The outputs and costs of a jaxpr for inputs."""
+        """The outputs and costs of a jaxpr for given inputs."""
         jaxpr, costs = closed.jaxpr, Costs()
         known: dict[Any, Known] = dict(zip(jaxpr.invars, values, strict=True))
         known |= {var: _small(value) for var, value in zip(jaxpr.constvars, closed.consts, strict=True)}
@@ -130,7 +131,7 @@ class _Walk:
                 body = _closed(params["jaxpr"])
                 own = [_first_part(value, var) for value, var in zip(values, body.jaxpr.invars, strict=True)]
                 return unknown, _Walk(dict(params["mesh"].shape)).through(body, own)[1]
-            case "pallas_call":  # each step of the grid as dear as can be
+            case "pallas_call":  # an upper bound: each grid step takes its most costly branches
                 return unknown, self._bound(params["jaxpr"]) * math.prod(params["grid_mapping"].grid)
         inner = params.get("jaxpr", params.get("call_jaxpr", params.get("fun_jaxpr")))
         if inner is not None:
@@ -162,7 +163,7 @@ class _Walk:
         return [None] * len(branches[0].jaxpr.outvars), costs[0]
 
     def _of_unknown(self, closed: Any) -> Costs | None:
-        """The costs of a jaxpr if they are the same for all inputs."""
+        """The costs of a jaxpr, or None if they depend on its inputs."""
         if id(closed) not in self._constant:
             try:
                 self._constant[id(closed)] = self.through(closed, [None] * len(closed.jaxpr.invars))[1]
@@ -203,7 +204,7 @@ class _Walk:
         return [*carry, *[None] * stacked], costs
 
     def _bound(self, jaxpr: Any) -> Costs:
-        """The costs of a kernel's body, of its branches the dearest."""
+        """The costs of a kernel's body, in which each conditional counts as its most costly branch."""
         costs = Costs()
         for equation in jaxpr.eqns:
             if equation.primitive.name == "dot_general":
@@ -220,7 +221,7 @@ def _repeated(
     count: int,
     reverse: bool = False,
 ) -> tuple[list[Known], Costs]:
-    """A loop: once and multiplied where that is enough to know its costs, else turn by turn."""
+    """The outputs and costs of a loop: one step times `count` if its costs are constant, else step by step."""
     try:
         made, costs = step([None] * len(carry), None)
     except _UnknownError:
@@ -243,7 +244,7 @@ def _bytes(aval: Any) -> int:
 
 
 def _closed(jaxpr: Any) -> Any:
-    """With its constants, of which one within another has none before JAX 0.11."""
+    """The jaxpr with its constants. Before JAX 0.11, a jaxpr inside another one has none."""
     return jaxpr if hasattr(jaxpr, "consts") else core.ClosedJaxpr(jaxpr, ())  # pyright: ignore[reportPrivateImportUsage]
 
 
@@ -252,7 +253,7 @@ def _small(value: Any) -> Known:
 
 
 def _first_part(value: Known, var: Any) -> Known:
-    """Of a whole array, what the first device has."""
+    """The first device's shard of an array."""
     return None if value is None else value[tuple(slice(size) for size in var.aval.shape)]
 
 

@@ -1,4 +1,4 @@
-"""The config of a model whose weights are not read."""
+"""Model configs, read without weights."""
 
 import pathlib
 
@@ -13,7 +13,7 @@ def config_of(source: str) -> ModelConfig:
     """The config of a published model, of a config.json, or of a model folder or file.
 
     Raises:
-      UserError: it is none of these, or not understood.
+      UserError: the source is none of these, or its config is not supported.
     """
     path = pathlib.Path(source).expanduser()
     if source in shapes.names():

@@ -1,9 +1,9 @@
-"""A plan: memory, work and time of both stages on some devices, beside those of full attention, and whether they fit.
+"""A plan: memory, work and time of both stages on given devices, compared with full attention, and whether they fit.
 
-Memory is what XLA's compiler reports of the compiled programs. FLOPs and what devices exchange are counted in the
-programs (`costs`), in XLA's form of attention, whose kernels do the same in other blocks. Bytes from memory are an
-estimate: weights once for each block of rows, activations and visible keys once for each use. Seconds are a bound: the
-larger of arithmetic and memory traffic at published speeds, and what is exchanged over one link after that.
+Memory is the compiler's report on the compiled programs. FLOPs and collectives are counted in the programs (`costs`)
+with XLA attention; the kernels do the same work in other blocks. Memory traffic is an estimate: weights are read once
+for each block of rows, activations and visible keys once for each use. Seconds are a roofline bound: the larger of
+arithmetic time and memory time at published speeds, plus the time of the collectives over one link.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from gemfilter_jax.planning.chips import Topology
 from gemfilter_jax.planning.costs import Costs
 from gemfilter_jax.planning.programs import Program, Request
 
-_ROWS = 512  # that pass through a matrix at a time, and queries that read a key at a time
+_ROWS = 512  # rows per read of a weight matrix, and queries per read of a key
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -35,8 +35,9 @@ class Memory:
     """Bytes on one device while a program runs.
 
     Attributes:
-      weights: of the whole model, whether or not the program reads all of them.
-      arguments: and results, the cache of stage 2 among them. temporaries: and the program itself.
+      weights: all weights of the model, even those that the program does not read.
+      arguments: arguments and results, including the KV cache of stage 2.
+      temporaries: temporary buffers and the compiled code.
     """
 
     weights: int
@@ -45,13 +46,13 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All together."""
+        """The sum of all parts."""
         return self.weights + self.arguments + self.temporaries
 
 
 @dataclasses.dataclass(frozen=True)
 class Time:
-    """Seconds of one device at published speeds: of arithmetic, of traffic from memory, of exchanges."""
+    """Seconds on one device at published speeds, for arithmetic, memory traffic and collectives."""
 
     compute: float
     memory: float
@@ -59,12 +60,12 @@ class Time:
 
     @property
     def total(self) -> float:
-        """Arithmetic and traffic overlap, exchanges come after."""
+        """The total, if arithmetic and memory traffic overlap and collectives come after them."""
         return max(self.compute, self.memory) + self.exchange
 
     @property
     def bound(self) -> str:
-        """Which of the three is the largest."""
+        """The name of the largest of the three."""
         return max(("compute", "memory", "exchange"), key=lambda name: getattr(self, name))
 
 
@@ -73,8 +74,8 @@ class Stage:
     """One stage on one device.
 
     Attributes:
-      memory: None if it was not compiled, because a stage before it does not fit.
-      costs: of all of the stage. traffic: bytes from memory. time: None where the device's speed is not known.
+      memory: None if the stage was not compiled: full attention, or a stage after one that does not fit.
+      costs: costs of the whole stage. traffic: bytes of memory traffic. time: None if the device's speed is unknown.
     """
 
     memory: Memory | None
@@ -85,11 +86,12 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a request takes.
+    """The resources that a request takes.
 
     Attributes:
-      stages: "filter", "prefill" and "decode"; of full attention "prefill" and "decode", which are not compiled.
-      capacity: bytes of memory of one device. full_cache: bytes of full attention's cache on one device.
+      stages: "filter", "prefill" and "decode".
+      full_attention: "prefill" and "decode" of full attention, which are not compiled.
+      capacity: bytes of memory on one device. full_cache: bytes of full attention's KV cache on one device.
     """
 
     request: Request
@@ -102,17 +104,17 @@ class Plan:
 
     @property
     def excess(self) -> int:
-        """Bytes that one device lacks in the stage that takes most; not above 0 if all fit."""
+        """Bytes by which the largest stage exceeds one device's memory; 0 or less if all stages fit."""
         return max(stage.memory.total for stage in self.stages.values() if stage.memory) - self.capacity
 
     @property
     def fits(self) -> bool:
-        """Whether all stages do."""
+        """Whether all stages fit."""
         return self.excess <= 0
 
     @property
     def notes(self) -> list[str]:
-        """What to know of it."""
+        """Caveats for readers of the plan."""
         request, found = self.request, []
         if request.tokens > request.config.context:
             found.append(
@@ -128,13 +130,13 @@ class Plan:
 
 
 def make(request: Request, topology: Topology, shape: MeshShape | None) -> Plan:
-    """A plan for a topology.
+    """Plan a request on a topology.
 
     Args:
-      shape: of the mesh; None for the first that fits, of those that cut the model into few parts.
+      shape: mesh shape; None for the first that fits, from the automatic shape to those with more model shards.
 
     Raises:
-      UserError: the mesh or topology is impossible.
+      UserError: the mesh or the topology is impossible.
     """
     devices = chips.devices(topology)
     capacity = topology.chip.memory if topology.chip else _physical_memory() // topology.size
@@ -150,7 +152,7 @@ def make(request: Request, topology: Topology, shape: MeshShape | None) -> Plan:
 
 
 def smallest_that_fits(plan: Plan) -> Topology | None:
-    """The smallest larger topology of the same chip on which everything fits, None if there is none."""
+    """The smallest larger topology of the same chip on which everything fits, or None."""
     request = plan.request
     for topology in plan.topology.larger:
         devices = chips.devices(topology)
@@ -162,17 +164,17 @@ def smallest_that_fits(plan: Plan) -> Topology | None:
 
 
 def abstract(request: Request, mesh: jax.sharding.Mesh, dtype: str) -> Decoder:
-    """The model's shapes, laid out on a mesh."""
+    """A model of shapes without weights, sharded over a mesh."""
     return abstract_decoder(request.config, Loading(jnp.dtype(dtype), int8=request.int8, mesh=mesh))
 
 
 def _dtype(topology: Topology) -> str:
-    """Of weights and activations, as models are loaded there."""
+    """The default dtype of weights and activations on a topology."""
     return "bfloat16" if topology.chip else "float32"
 
 
 def _candidates(request: Request, topology: Topology, devices: list, capacity: int) -> list[MeshShape]:
-    """Shapes to try: the automatic one and those with more parts of the model; the last if weights fit in none."""
+    """Mesh shapes in which the weights fit, from the automatic one to more model shards; else the last shape."""
 
     def weights(shape: MeshShape) -> int:
         return programs.bytes_on_device(abstract(request, sharding.make_mesh(shape, devices), _dtype(topology)))
@@ -189,7 +191,7 @@ def _fit(memory: Iterable[Memory], capacity: int) -> bool:
 
 
 def _memory(model: Decoder, request: Request) -> Iterator[tuple[str, Memory]]:
-    """Of each stage, as compiled; nothing of the one behind a prefill that lacks memory."""
+    """The memory of each compiled stage, without the decode stage if the prefill exceeds the device's memory."""
     yield "filter", compiled(programs.filtering(model, request))[0]
     prefill = programs.prefill(model, request)
     memory, program = compiled(prefill)
@@ -199,7 +201,7 @@ def _memory(model: Decoder, request: Request) -> Iterator[tuple[str, Memory]]:
 
 
 def compiled(program: Program) -> tuple[Memory, Any]:
-    """What a program takes, and the program; None in its place if it lacks memory."""
+    """The memory of a program, and the compiled program or None if the program exceeds the device's memory."""
     weights, idle = programs.bytes_on_device(program.model), programs.bytes_on_device(program.idle)
     try:
         made = program.lower().compile()
@@ -219,7 +221,7 @@ def compiled(program: Program) -> tuple[Memory, Any]:
 def _stages(
     model: Decoder, request: Request, topology: Topology, memory: dict[str, Memory]
 ) -> tuple[dict[str, Stage], dict[str, Stage]]:
-    """Those of the filter, and those of full attention: S tokens through all layers, then a cache of all of them."""
+    """The stages of GemFilter, and those of full attention: S tokens through all layers, then a KV cache of all S."""
     traffic, steps = _Traffic(model, request), request.new_tokens - 1
     shape, kept = sharding.shape_of(model.mesh), request.method.keep
 
@@ -252,7 +254,7 @@ def _stages(
 
 
 class _Traffic:
-    """Bytes that one device reads and writes, estimated."""
+    """Estimates of the bytes that one device reads and writes."""
 
     def __init__(self, model: Decoder, request: Request):
         config, parts = request.config, sharding.shape_of(model.mesh).model
@@ -264,10 +266,11 @@ class _Traffic:
         self.lm_head = programs.bytes_on_device(model.embedding if model.lm_head is None else model.lm_head)
 
     def prompt(self, layers: int, length: int, rows: int, parts: int, width: int | None) -> int:
-        """Of a prompt through layers.
+        """Traffic of a prompt through some layers.
 
         Args:
-          rows: parts of the batch. parts: of each prompt. width: keys that a query sees, all before it if None.
+          rows: shards of the batch. parts: shards of each prompt.
+          width: keys that a query attends to; None for all keys before it.
         """
         tokens = -(-self._request.batch // rows) * -(-length // parts)
         passes = -(-tokens // _ROWS)
@@ -276,11 +279,11 @@ class _Traffic:
         return int(layers * (passes * self._layer + (activations + seen) * self._item))
 
     def step(self, cached: int) -> int:
-        """Of one new token for each row, which reads weights and cache."""
+        """Traffic of one decode step, which reads the weights and the KV cache."""
         return self._request.config.layers * self._layer + self.cache(cached) + self.lm_head
 
     def cache(self, cached: int) -> int:
-        """Of a cache in stage 2, which is cut over rows and key heads."""
+        """Size of the KV cache in stage 2, which is sharded over rows and key heads."""
         rows = -(-self._request.batch // self._shape.rows)
         capacity = bucket(cached) + bucket(self._request.new_tokens)
         return self._request.config.layers * rows * capacity * self._keys * self._item

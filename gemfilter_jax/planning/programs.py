@@ -1,4 +1,4 @@
-"""The programs of both stages with what they are given: shapes of weights, and the numbers that steer them."""
+"""The programs of both stages, with arguments to compile them: shapes of weights, and values that control loops."""
 
 import dataclasses
 import functools
@@ -12,7 +12,7 @@ import numpy as np
 from gemfilter_jax.buckets import bucket
 from gemfilter_jax.config import ModelConfig
 from gemfilter_jax.errors import UserError
-from gemfilter_jax.generate import programs
+from gemfilter_jax.generate import loop
 from gemfilter_jax.generate.sampling import GREEDY
 from gemfilter_jax.methods.gemfilter import scoring_pass
 from gemfilter_jax.methods.gemfilter.method import GemFilter
@@ -21,16 +21,16 @@ from gemfilter_jax.parallel import sharding
 from gemfilter_jax.planning import costs
 from gemfilter_jax.planning.costs import Costs
 
-_TAIL = 64  # tokens of the question and the template behind the text
+_SUFFIX = 64  # tokens of the question and the template after the document
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is to be run.
+    """A run to plan.
 
     Attributes:
-      tokens: of each prompt. batch: prompts at once. new_tokens: of each answer.
-      method: how prompts are filtered. int8: how weights are held.
+      tokens: length of each prompt. batch: prompts per batch. new_tokens: length of each answer.
+      method: settings of the filter. int8: whether weight matrices are stored as int8.
     """
 
     config: ModelConfig
@@ -54,13 +54,13 @@ class Request:
 
     @property
     def is_tri_shape(self) -> bool:
-        """Whether the filter's attention is."""
-        return scoring_pass.is_tri_shape(self.method, self.tokens - _TAIL)
+        """Whether the filter uses `TriShape` attention."""
+        return scoring_pass.is_tri_shape(self.method, self.tokens - _SUFFIX)
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A jitted function and its arguments, NumPy arrays or shapes; `idle` are the parts of the model that it leaves."""
+    """A jitted function and its arguments, NumPy arrays or shapes; `idle` holds the weights that it does not use."""
 
     function: Any
     model: Decoder
@@ -69,39 +69,35 @@ class Program:
     idle: tuple[Any, ...] = ()
 
     def lower(self) -> jax.stages.Lowered:
-        """For the model's devices."""
+        """Lower the program for the model's devices."""
         return self.function.lower(self.model, *self.arguments, **self.options)
 
     def costs(self) -> Costs:
-        """Of one device, with XLA's form of attention, in whose jaxpr every product stands."""
-        model = jax.tree.map(lambda leaf: leaf, self.model)
-        model.attention_implementation = "xla"
+        """Costs on one device with XLA attention, whose jaxpr contains every matrix product."""
+        model = self.model.replace(attention_implementation="xla")
         return costs.of_program(self.function, model, *self.arguments, **self.options)
 
 
 def filtering(model: Decoder, request: Request, *, whole: bool = False) -> Program:
-    """Stage 1; if `whole`, dense attention through all layers, which is nearly a prefill of the whole prompt."""
+    """Stage 1; if `whole`, dense attention through all layers, which approximates a prefill of the whole prompt."""
     method, rows = request.method, _rows(request.batch, sharding.shape_of(model.mesh).data)
-    tails = np.full(rows, _TAIL, np.int32)
-    pattern = None if whole else scoring_pass.pattern(method, request.tokens - _TAIL, tails)
+    suffix_lengths = np.full(rows, _SUFFIX, np.int32)
+    scoring = scoring_pass.ScoringPass.of(
+        method, request.config.heads, document=request.tokens - _SUFFIX, suffix_lengths=suffix_lengths
+    )
+    if whole:
+        scoring = dataclasses.replace(scoring, filter_layer=jnp.int32(request.config.layers), pattern=None)
     arguments = (
         np.zeros((rows, bucket(request.tokens)), np.int32),
         np.full(rows, request.tokens, np.int32),
-        tails,
-        np.asarray(request.config.layers if whole else method.filter_layer, np.int32),
-        np.ones(request.config.heads, np.float32),
+        suffix_lengths,
+        jax.tree.map(np.asarray, scoring),
     )
-    options = {
-        "window": method.window,
-        "normalisation": method.normalisation,
-        "pattern": jax.tree.map(np.asarray, pattern),
-    }
-    idle = (model.final_norm, model.lm_head)
-    return Program(programs.score_prompt, scoring_pass.filtering(model, method), arguments, options, idle)
+    return Program(scoring_pass.score_prompt, model, arguments, {}, idle=(model.final_norm, model.lm_head))
 
 
 def prefill(model: Decoder, request: Request, *, kept: int | None = None) -> Program:
-    """Stage 2, the tokens that were kept, as many as the method says if None."""
+    """The prefill of stage 2 with `kept` tokens, or as many as the method keeps if None."""
     rows = _rows(request.batch, sharding.shape_of(model.mesh).rows)
     kept = request.method.keep if kept is None else kept
     arguments = (
@@ -116,14 +112,15 @@ def prefill(model: Decoder, request: Request, *, kept: int | None = None) -> Pro
         "limit": np.asarray(request.new_tokens, np.int32),
         "capacity": bucket(request.new_tokens),
     }
-    return Program(programs.begin, model, arguments, options)
+    return Program(loop.prefill, model, arguments, options)
 
 
 def decode(before: Program, shardings: Any = None) -> Program:
-    """Stage 2, one new token.
+    """One decode step of stage 2.
 
     Args:
-      before: the prefill. shardings: of the state as that leaves it; where None, its small numbers are known instead.
+      before: the prefill.
+      shardings: shardings of the prefill's output state; if None, its lengths, positions and limits are known values.
     """
     begin = functools.partial(before.function, **before.options)
     state = jax.eval_shape(begin, before.model, *before.arguments)
@@ -141,7 +138,7 @@ def decode(before: Program, shardings: Any = None) -> Program:
         state = jax.tree.map(
             lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout), state, shardings
         )
-    return Program(programs.step, before.model, (state,), {})
+    return Program(loop.decode_step, before.model, (state,), {})
 
 
 def _rows(batch: int, parts: int) -> int:
@@ -149,7 +146,7 @@ def _rows(batch: int, parts: int) -> int:
 
 
 def bytes_on_device(tree: Any) -> int:
-    """Of arrays and shapes, on one device: of those whose layout is not known, all."""
+    """Bytes of arrays and shapes on one device; leaves without a sharding count in full."""
 
     def size(leaf: Any) -> int:
         layout = getattr(leaf, "sharding", None)

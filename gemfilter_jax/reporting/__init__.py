@@ -1,1 +1,1 @@
-"""Results for people: terminal views, HTML pages, files that appear whole."""
+"""Results for people: terminal output, plots, HTML pages."""

@@ -15,7 +15,7 @@ _WORK = ("one device", "TFLOP", "GB from memory", "GB exchanged", "seconds", "bo
 
 
 def show(console: Console, model: str, plan: "Plan", larger: "Topology | None") -> None:
-    """Print a plan, and the smallest larger topology that fits where it does not."""
+    """Print a plan and, if it does not fit, the smallest larger topology on which it does."""
     request = plan.request
     attention = "tri_shape" if request.is_tri_shape else "dense"
     layer, layers = request.method.filter_layer, request.config.layers

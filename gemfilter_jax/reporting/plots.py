@@ -1,4 +1,4 @@
-"""Pictures, by matplotlib where it is installed."""
+"""Plots, drawn by matplotlib if it is installed."""
 
 import importlib.util
 import io
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 def check_installed() -> None:
-    """Raise a `UserError` if there is no matplotlib."""
+    """Raise a `UserError` if matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("--plot: needs matplotlib; install it with pip install matplotlib, or leave the flag out")
 
 
 def recall(judged: "Sequence[LayerRecall]", target: float, path: str) -> None:
-    """Draw the share of facts kept by layer, a line for each budget and kind of heads, with 95 % intervals."""
+    """Plot the share of facts kept by layer: a line for each budget and head set, 95 % intervals for learned heads."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5), layout="constrained")

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import jinja2
 
-if TYPE_CHECKING:  # so that a command's mistakes are told before JAX is imported
+if TYPE_CHECKING:  # so that a command reports mistakes before it imports JAX
     from gemfilter_jax.pipeline import KeptText
 
 _PAGE = jinja2.Environment(autoescape=True).from_string("""\

@@ -1,4 +1,4 @@
-"""What a person sees on a terminal: kept passages, the closing lines of a run, tables, progress."""
+"""Terminal output: kept passages, the closing lines of a run, tables, progress."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,16 +20,16 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-if TYPE_CHECKING:  # so that a command's mistakes are told before JAX is imported
+if TYPE_CHECKING:  # so that a command reports mistakes before it imports JAX
     from gemfilter_jax.checkpoints.weights import BytesRead
-    from gemfilter_jax.methods.gemfilter.scoring_pass import Progress as TokensRead
+    from gemfilter_jax.methods.base import Progress as TokensRead
     from gemfilter_jax.pipeline import KeptText
 
 _CONTEXT = 60  # characters shown, dimmed, on both sides of a kept passage
 
 
 def show_kept(console: Console, kept: "KeptText") -> None:
-    """Print each kept passage highlighted, with its character offsets and a little of what stands around it."""
+    """Print each kept passage highlighted, with its character offsets and a little of the text around it."""
     for start, end in kept.spans:
         line = Text(f"[{start:,}-{end:,}] ", style="cyan")
         line.append(_one_line(kept.prompt[max(start - _CONTEXT, 0) : start]), style="dim")
@@ -38,9 +38,10 @@ def show_kept(console: Console, kept: "KeptText") -> None:
         console.print(line, soft_wrap=not console.is_terminal)
 
 
-def write(piece: str) -> None:
-    """Print a piece of an answer as soon as it is there."""
-    print(piece, end="", flush=True)
+def writer(lead: str = "") -> Callable[[str], None]:
+    """A function that prints the pieces of an answer as they come, with `lead` before the first."""
+    leads = iter([lead])
+    return lambda piece: print(next(leads, "") + piece, end="", flush=True)
 
 
 def _one_line(text: str) -> str:
@@ -66,20 +67,20 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 @contextlib.contextmanager
 def _bar(console: Console, *columns: ProgressColumn) -> Iterator[Progress]:
-    """A bar on a terminal that is gone at the end and leaves standard output alone; elsewhere nothing at all."""
+    """A progress bar on a terminal, removed at the end; nothing elsewhere. Standard output is not redirected."""
     bar = Progress(*columns, console=console, transient=True, redirect_stdout=False, disable=not console.is_terminal)
     with bar:
         yield bar
 
 
 def status(console: Console, doing: str) -> contextlib.AbstractContextManager[object]:
-    """A spinner on a terminal; elsewhere nothing at all."""
+    """A spinner on a terminal; nothing elsewhere."""
     return console.status(doing) if console.is_terminal else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
 def reading_progress(console: Console) -> Iterator["TokensRead"]:
-    """A bar of tokens read by stage 1; gone once all are, so that an answer can be streamed."""
+    """A progress bar of the tokens read by stage 1, removed when all are read so that the answer can be streamed."""
     columns = (
         TextColumn("reading"),
         BarColumn(),
@@ -104,7 +105,7 @@ def reading_progress(console: Console) -> Iterator["TokensRead"]:
 
 @contextlib.contextmanager
 def loading_progress(console: Console) -> Iterator["BytesRead"]:
-    """A bar of the bytes of weights that are read; gone once all are."""
+    """A progress bar of the bytes of weights read, removed at the end."""
     columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with _bar(console, *columns) as bar:
         task = bar.add_task("loading", total=None, visible=False)
@@ -113,7 +114,7 @@ def loading_progress(console: Console) -> Iterator["BytesRead"]:
 
 @contextlib.contextmanager
 def stages_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar for each stage of a long run, told (stage, done, to do); gone at the end."""
+    """A progress bar for each stage of a long run, updated with (stage, done, total) and removed at the end."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with _bar(console, *columns) as bar:
         tasks: dict[str, TaskID] = {}

@@ -1,7 +1,7 @@
-"""Many requests of one file, answered in batches into an output that grows by whole lines.
+"""Answers the requests of a file in batches and appends the answers to an output file by whole lines.
 
-Each line of the output begins with the number and a digest of the request that it answers, so that a run that was cut
-off goes on where it stopped.
+Each output line begins with the number and a digest of its request, so that an interrupted run can continue where it
+stopped.
 """
 
 import dataclasses
@@ -20,9 +20,9 @@ from gemfilter_jax import files
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.parallel import processes
 
-if TYPE_CHECKING:  # so that a command's mistakes are told before JAX is imported
+if TYPE_CHECKING:  # so that a command reports mistakes before it imports JAX
     from gemfilter_jax.generate.sampling import Sampling
-    from gemfilter_jax.methods.gemfilter.method import GemFilter
+    from gemfilter_jax.methods.base import Method
     from gemfilter_jax.pipeline import Pipeline, Result
 
 _FIELDS = {"prompt": str, "prompt_file": str, "question": str, "id": (str, int, float)}
@@ -30,13 +30,13 @@ _FIELDS = {"prompt": str, "prompt_file": str, "question": str, "id": (str, int, 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A requests file and how far its output has come.
+    """A requests file and the progress of its output.
 
     Attributes:
       requests, output: the files.
-      total: requests.
-      finished: how many of them, from the first, have their line in the output.
-      size: bytes that these lines take.
+      total: number of requests.
+      finished: number of requests, from the first, that have a line in the output.
+      size: total bytes of these lines.
     """
 
     requests: pathlib.Path
@@ -51,9 +51,9 @@ class _Request:
     """One line of a requests file.
 
     Attributes:
-      heading: how its line in the output begins.
+      heading: the first fields of its output line.
       text, question: see `Pipeline.generate`.
-      error: why it cannot be asked.
+      error: why the request is invalid; None if it is valid.
     """
 
     heading: dict[str, Any]
@@ -63,10 +63,10 @@ class _Request:
 
 
 def resume(requests: pathlib.Path, output: pathlib.Path) -> Run:
-    """Look how far a run has come; changes nothing.
+    """Find out how far a run has come, without changing any file.
 
     Raises:
-      UserError: the requests cannot be read, the output cannot be written, or a line of it answers another request.
+      UserError: the requests cannot be read, the output cannot be written, or an output line answers another request.
     """
     total = finished = size = 0
     with _opened_requests(requests) as asked, _opened_output(output) as answered:
@@ -91,22 +91,22 @@ def answer(
     run: Run,
     *,
     batch: int,
-    method: "GemFilter",
+    method: "Method",
     max_new_tokens: int,
     sampling: "Sampling",
     seed: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
-    """Answer what is left of a run; returns how many requests failed.
+    """Answer the remaining requests of a run; returns how many failed.
 
     Args:
-      batch: requests that are answered together, and reach the disk together.
-      seed: request n draws with seed + n - 1.
-      progress: called with (requests finished, requests) before each batch.
+      batch: number of requests that are answered and written together.
+      seed: request n is sampled with seed + n - 1.
+      progress: called with (finished requests, all requests) before each batch.
 
     Raises:
-      UserError: the settings serve no request, or the output cannot be written. What is wrong with a single request
-        becomes its line.
+      UserError: the settings are invalid for every request, or the output cannot be written. An error in a single
+        request goes to its output line instead.
     """
     model.check(method, max_new_tokens)
     ask = functools.partial(model.generate_batch, method=method, max_new_tokens=max_new_tokens, sampling=sampling)
@@ -155,7 +155,7 @@ def _left(run: Run) -> Iterator[_Request]:
 
 
 def _batches(requests: Iterator[_Request], size: int) -> Iterator[list[_Request]]:
-    """As many in a row as have `size` that can be asked among them: each size is a program of its own to XLA."""
+    """Consecutive requests with `size` valid ones per batch, because XLA compiles a program for each batch size."""
     batch, asked = [], 0
     for request in requests:
         batch.append(request)
@@ -195,7 +195,7 @@ def _object(line: bytes) -> dict[str, Any]:
 
 
 def _check(name: str, value: Any) -> None:
-    """Raise a `UserError` unless this is a field of requests with a value of its type."""
+    """Raise a `UserError` unless `name` is a request field and `value` has its type."""
     if name not in _FIELDS:
         raise UserError(f"field {name!r} is unknown; one of {', '.join(_FIELDS)}")
     if isinstance(value, bool) or not isinstance(value, _FIELDS[name]):
@@ -227,7 +227,7 @@ def _answers(ask: "Callable[..., list[Result]]", requests: Sequence[_Request], s
 
 
 def _outcomes(ask: "Callable[..., list[Result]]", requests: Sequence[_Request], seed: int) -> list[dict[str, Any]]:
-    """What became of requests asked together, or one by one where one of them fails."""
+    """The result or error of each request; requests are asked together, and one by one if that fails."""
     try:
         results = ask(
             [request.text for request in requests],
@@ -242,9 +242,9 @@ def _outcomes(ask: "Callable[..., list[Result]]", requests: Sequence[_Request], 
 
 
 def _append(output: pathlib.Path, size: int, answers: Sequence[dict[str, Any]]) -> int:
-    """Write lines after the first `size` bytes of the output, down to the disk; returns its new size.
+    """Write lines after the first `size` bytes of the output and sync them to disk; returns its new size.
 
-    Of several processes that answer the same requests only the first writes.
+    If several processes answer the same requests, only the first one writes.
     """
     data = "".join(f"{json.dumps(line)}\n" for line in answers).encode()
     if processes.is_first():

@@ -1,4 +1,4 @@
-"""Control tokens in text that a user brings, spelled out as ordinary text."""
+"""Encodes control tokens in user text as ordinary text."""
 
 import functools
 import json
@@ -12,10 +12,10 @@ from gemfilter_jax.errors import UserError
 
 
 def control_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Ids of the tokens that steer a model.
+    """Ids of the control tokens.
 
-    These are the added tokens that the tokenizer calls special, and those that its chat template writes, such as
-    "<think>". Other added tokens, runs of spaces or tags of HTML, are text like any other.
+    These are the added tokens that the tokenizer marks as special, and those that occur in its chat template, such as
+    "<think>". Other added tokens, such as runs of spaces or HTML tags, are ordinary text.
     """
     template = str(tokenizer.chat_template or "")
     added: Any = tokenizer.added_tokens_decoder
@@ -29,17 +29,17 @@ def control_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
 def spelled_out(
     tokenizer: PreTrainedTokenizerBase, text: str, encoded: Any, brought: Sequence[tuple[int, int]]
 ) -> dict[str, list]:
-    """A tokenized text in which no control token stands for what a user brought; its other tokens are unchanged.
+    """Replace control tokens in user text by the tokens of ordinary text; other tokens are unchanged.
 
     Args:
       encoded: `input_ids`, `offset_mapping` and `special_tokens_mask` of `text`.
-      brought: (start, end) characters of `text` that the user brought.
+      brought: (start, end) character ranges of `text` that come from the user.
 
     Returns:
-      The same three lists; the letters of a control token have their own tokens and offsets.
+      The same three lists, with separate tokens and offsets for the pieces of a control token.
 
     Raises:
-      UserError: the tokenizer has no other tokens for such letters.
+      UserError: the tokenizer has no ordinary tokens for a control token's text.
     """
     control = control_ids(tokenizer)
     columns = [encoded[name] for name in ("input_ids", "offset_mapping", "special_tokens_mask")]
@@ -56,17 +56,17 @@ def spelled_out(
 
 
 def _holds(text: str, start: int, end: int, brought: Sequence[tuple[int, int]]) -> bool:
-    """Whether a token's text is the user's; a template's own token may take white space of the user's along."""
+    """Whether a token covers user text other than white space, which a template's token may include."""
     return any(text[max(start, first) : min(end, last)].strip() for first, last in brought)
 
 
 def _spell(tokenizer: PreTrainedTokenizerBase, marker: str) -> list[tuple[int, tuple[int, int]]]:
-    """Ids and offsets of a marker as ordinary text."""
+    """Ids and offsets of a control token's text, encoded as ordinary text."""
     unknown: Any = tokenizer.unk_token_id
     control, plain = control_ids(tokenizer) - {unknown}, _without_control(tokenizer)
     encoding = plain.encode(marker, add_special_tokens=False)
     found = list(zip(encoding.ids, encoding.offsets, strict=True))
-    if any(token in control for token, _ in found):  # the model's own vocabulary has it as a piece of text
+    if any(token in control for token, _ in found):  # the base vocabulary contains the marker too
         found = [
             (token, (place, place + 1))
             for place, letter in enumerate(marker)
@@ -79,7 +79,7 @@ def _spell(tokenizer: PreTrainedTokenizerBase, marker: str) -> list[tuple[int, t
 
 @functools.lru_cache(maxsize=4)
 def _without_control(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """The tokenizer's rules without its control tokens."""
+    """The tokenizer without its control tokens."""
     control = control_ids(tokenizer)
     rules: Any = tokenizer.backend_tokenizer
     fields = json.loads(rules.to_str())

@@ -1,7 +1,7 @@
-"""Text to tokens: the chat template around a document and a question, and what of it must always be kept.
+"""Text to tokens: the chat template around a document and a question, and the tokens that must always be kept.
 
-Text that a user brings is data: whatever it says, its tokens are those of ordinary text. Markers that a family writes
-as ordinary text, such as Mistral's first "[INST]", are no tokens of their own and stay as they are.
+User text is data: it is always encoded as ordinary text. Markers that a model family writes as ordinary text, such as
+the "[INST]" of the first Mistral models, are not control tokens and stay unchanged.
 """
 
 import dataclasses
@@ -15,10 +15,10 @@ from transformers import PreTrainedTokenizerBase
 from gemfilter_jax.errors import UserError, reason
 from gemfilter_jax.text import control_tokens
 
-_SENTINEL = "\u2063content\u2063"  # stands for the message while the template is rendered; in no template
+_SENTINEL = "\u2063content\u2063"  # placeholder for the message in a template; occurs in no template
 MESSAGE_FORMAT = "<text>\n{text}\n</text>\n\nAnswer from the text above: {question}"
-"""How a document and a question become one message. The frame of a document that says "</text>" itself is numbered:
-"<text-2>", or the first number that the document does not close."""
+"""The message made of a document and a question. If the document contains "</text>", the tags are numbered: "<text-2>",
+or the first number whose closing tag the document does not contain."""
 
 _FRAME = re.compile(r"(?<=<)text(?=>)|(?<=</)text(?=>)")
 
@@ -27,16 +27,16 @@ _SENTENCE_END = re.compile(r"""[.!?]["'”’)\]]*(?=\s)|[。！？]|\n(?=\s*\n)
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A tokenized prompt that knows where its text is.
+    """A tokenized prompt with the character offsets of its tokens.
 
     Attributes:
-      text: the document as given, to which offsets refer.
+      text: the document as given; offsets refer to it.
       ids: int32 [S].
-      offsets: int64 [S, 2], characters of `text` that each token covers, without gaps between neighbours; empty for
-        tokens of the template and the question.
-      prefix_length: tokens before the document (the template's beginning).
-      suffix_length: tokens after it (the question and the assistant header; without a question the last
-        `window` tokens).
+      offsets: int64 [S, 2], character range of `text` that each token covers, without gaps between neighbours; empty
+        for tokens of the template and the question.
+      prefix_length: tokens before the document: the start of the template.
+      suffix_length: tokens after the document: the question and the assistant header. Without a question, the
+        document's last `observation_rows` tokens (see `encode`) and the assistant header.
     """
 
     text: str
@@ -56,12 +56,12 @@ class Prompt:
 
     @functools.cached_property
     def sentences(self) -> np.ndarray:
-        """int [S], the number of the sentence that each token begins in; blank lines end sentences too."""
+        """int [S], index of the sentence in which each token begins; blank lines end sentences too."""
         ends = [match.end() for match in _SENTENCE_END.finditer(self.text)]
         return np.searchsorted(ends, self.offsets[:, 0], side="right")
 
     def spans(self, indices: np.ndarray) -> list[tuple[int, int]]:
-        """Character ranges of `text` that the tokens at increasing `indices` cover, neighbours merged."""
+        """Character ranges of `text` that the tokens at increasing `indices` cover; adjacent ranges are merged."""
         merged: list[tuple[int, int]] = []
         for start, end in self.offsets[indices].tolist():
             if start == end:
@@ -78,21 +78,21 @@ def encode(
     text: str,
     question: str | None = None,
     *,
-    window: int,
+    observation_rows: int,
     chat_template: bool = True,
     message_format: str = MESSAGE_FORMAT,
 ) -> Prompt:
     """Tokenize a document and a question as one user message.
 
     Args:
-      question: what is asked of the text; None if the text already ends in its question, whose last `window` tokens
-        are then treated as the question.
+      question: question about the text; None if the text itself ends with the question. Its last `observation_rows`
+        tokens are then treated as the question.
       chat_template: wrap the message in the tokenizer's chat template, if it has one.
-      message_format: holds {text} once and {question} after it, and before it too if wanted; used where there is a
+      message_format: contains {text} once, {question} after it, and optionally {question} before it; used only with a
         question.
 
     Raises:
-      UserError: the text is empty or makes no tokens, or the message format lacks a place for the text or the question.
+      UserError: the text is empty or yields no tokens, or the message format lacks {text} or {question}.
     """
     if not text.strip():
         raise UserError("the prompt is empty; give some text")
@@ -113,38 +113,38 @@ def encode(
     first, last = len(before.text), len(before.text) + len(text)
     inside = (offsets[:, 0] >= first) & (offsets[:, 1] <= last) & (offsets[:, 1] > offsets[:, 0])
     places = np.flatnonzero(inside)
-    head = int(places[0]) if len(places) else len(offsets)
-    tail = len(offsets) - 1 - int(places[-1]) if len(places) else 0
+    prefix_length = int(places[0]) if len(places) else len(offsets)
+    suffix_length = len(offsets) - 1 - int(places[-1]) if len(places) else 0
     if question is None:
-        tail = min(tail + window, len(offsets) - head)
+        suffix_length = min(suffix_length + observation_rows, len(offsets) - prefix_length)
     ids = np.asarray(encoded["input_ids"], np.int32)
-    return Prompt(text, ids, np.clip(offsets - first, 0, len(text)), head, tail)
+    return Prompt(text, ids, np.clip(offsets - first, 0, len(text)), prefix_length, suffix_length)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Frame:
-    """What stands before or after a document.
+    """The part of a prompt before or after the document.
 
     Attributes:
-      text: the whole of it.
-      questions: (start, end) characters of it that the user wrote.
+      text: the text of this part.
+      questions: (start, end) character ranges of `text` that hold the question.
     """
 
     text: str
     questions: tuple[tuple[int, int], ...] = ()
 
     def after(self, text: str) -> "_Frame":
-        """The same behind some text of the template."""
+        """This part after some text of the template."""
         return _Frame(text + self.text, tuple((len(text) + start, len(text) + end) for start, end in self.questions))
 
 
 def check_format(tokenizer: PreTrainedTokenizerBase, chat_template: bool, message_format: str) -> None:
-    """Raise a `UserError` if no prompt can be made with these settings; arguments as of `encode`."""
+    """Raise a `UserError` if no prompt can be made with these settings; arguments as in `encode`."""
     _around(tokenizer, "?", chat_template, message_format)
 
 
 def _framing(text: str, message_format: str) -> str:
-    """The message format, the tags of `MESSAGE_FORMAT` numbered if the document holds the one that closes them."""
+    """The message format, with the tags of `MESSAGE_FORMAT` numbered if the document contains the closing tag."""
     if message_format != MESSAGE_FORMAT or "</text>" not in text.lower():
         return message_format
     number = next(number for number in itertools.count(2) if f"</text-{number}>" not in text.lower())
@@ -152,7 +152,7 @@ def _framing(text: str, message_format: str) -> str:
 
 
 def _brought(before: _Frame, text: str, after: _Frame) -> list[tuple[int, int]]:
-    """(start, end) characters of a prompt that the user brought: the document, and each place of the question."""
+    """(start, end) character ranges of user text in a prompt: the document, and each occurrence of the question."""
     first = len(before.text)
     last = first + len(text)
     return [*before.questions, (first, last), *((last + start, last + end) for start, end in after.questions)]
@@ -161,12 +161,12 @@ def _brought(before: _Frame, text: str, after: _Frame) -> list[tuple[int, int]]:
 def _around(
     tokenizer: PreTrainedTokenizerBase, question: str | None, chat_template: bool, message_format: str
 ) -> tuple[_Frame, _Frame]:
-    """What a prompt holds before and after its document; arguments and errors as of `encode`."""
+    """The parts of a prompt before and after its document; arguments and errors as in `encode`."""
     before, after = _template_around(tokenizer) if _has_template(tokenizer, chat_template) else ("", "")
     if question is None:
         return _Frame(before), _Frame(after)
-    message_head, message_tail = _message_around(message_format, question)
-    return message_head.after(before), _Frame(message_tail.text + after, message_tail.questions)
+    message_start, message_end = _message_around(message_format, question)
+    return message_start.after(before), _Frame(message_end.text + after, message_end.questions)
 
 
 def _has_template(tokenizer: PreTrainedTokenizerBase, chat_template: bool) -> bool:
@@ -174,13 +174,13 @@ def _has_template(tokenizer: PreTrainedTokenizerBase, chat_template: bool) -> bo
 
 
 def _message_around(message_format: str, question: str) -> tuple[_Frame, _Frame]:
-    """What a message holds before and after the text."""
-    head, text, tail = message_format.partition("{text}")
-    if not text or "{question}" not in tail or "{text}" in tail:
+    """The parts of a message before and after the document."""
+    start, text, end = message_format.partition("{text}")
+    if not text or "{question}" not in end or "{text}" in end:
         raise UserError(f"message format {message_format!r} must hold {{text}} once and {{question}} after it")
     if not question.strip():
         raise UserError("the question is empty; ask something, or leave it out")
-    return _with_question(head, question), _with_question(tail, question)
+    return _with_question(start, question), _with_question(end, question)
 
 
 def _with_question(part: str, question: str) -> _Frame:
@@ -193,11 +193,11 @@ def _with_question(part: str, question: str) -> _Frame:
 
 
 def _template_around(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """What the chat template puts before and after a user's message, the assistant header included."""
+    """The chat template's text before and after a user's message, including the assistant header."""
     message = [{"role": "user", "content": _SENTINEL}]
     try:
         rendered = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
-    except Exception as error:  # a template is a program of its own, with errors of its own
+    except Exception as error:  # a template is a program and may raise any error
         raise UserError(f"the tokenizer's chat template fails ({reason(error)}); turn it off") from error
     before, *after = rendered.split(_SENTINEL)
     if len(after) != 1:
@@ -208,10 +208,10 @@ def _template_around(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
 
 
 def _without_gaps(offsets: np.ndarray, added: np.ndarray, length: int) -> np.ndarray:
-    """Let each token begin where the one before it ended, and the last end where the text does.
+    """Let each token begin where the previous one ends, and the last token end with the text.
 
-    Some tokenizers leave spaces, or marks that they compose with the letter before, out of their offsets. Tokens that
-    the tokenizer `added` itself (bool [S]) stand for no text and are left out.
+    Some tokenizers omit spaces from their offsets, or marks that they compose with the previous letter. Tokens that the
+    tokenizer `added` (bool [S]) cover no text and get empty offsets.
     """
     ends = np.maximum.accumulate(offsets[~added, 1])
     ends[-1:] = length

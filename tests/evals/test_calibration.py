@@ -115,7 +115,7 @@ def test_recorded_scores_are_the_filters_own(smollm2):
     order = np.argsort(-one.scores[2, 5], kind="stable")
     fits = one.required + np.cumsum(one.sizes[order]) <= 128
     kept, _ = smollm2.select(example.text, example.question, method=method)
-    prompt = encode(smollm2.checkpoint.tokenizer, example.text, example.question, window=32)
+    prompt = encode(smollm2.checkpoint.tokenizer, example.text, example.question, observation_rows=32)
     begins = prompt.prefix_length + np.cumsum(np.append(0, one.sizes))
     assert begins[-1] == len(prompt) - prompt.suffix_length
     assert fits.sum() > 1

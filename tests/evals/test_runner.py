@@ -6,7 +6,8 @@ import pytest
 
 from gemfilter_jax.evals import metrics, runner
 from gemfilter_jax.evals.task import Example, Task
-from gemfilter_jax.methods.gemfilter.method import Full, GemFilter
+from gemfilter_jax.methods.full import Full
+from gemfilter_jax.methods.gemfilter.method import GemFilter
 
 EXAMPLE = Example(
     name="keys",
@@ -106,7 +107,7 @@ def test_single_questions_are_answered_in_turn():
     ]
 
 
-def test_a_text_with_several_questions_is_read_once_by_methods_that_can():
+def test_a_text_with_several_questions_is_one_document():
     model = Model()
     other = Example("lamp", EXAMPLE.text, "And the lamp?", ("Attic",), 100)
     outcomes = list(runner.run(model, Contains(), METHODS, [EXAMPLE, other, UNMARKED]))
@@ -114,16 +115,12 @@ def test_a_text_with_several_questions_is_read_once_by_methods_that_can():
         (name, example) for example in (EXAMPLE, other, UNMARKED) for name in METHODS
     ]
     assert model.asked == [
+        ("document", Full, EXAMPLE.text),
         ("document", GemFilter, EXAMPLE.text),
-        ("generate", Full, EXAMPLE.text, EXAMPLE.question, 48),
+        ("ask", Full, EXAMPLE.text, EXAMPLE.question, 48),
         ("ask", GemFilter, EXAMPLE.text, EXAMPLE.question, 48),
-        ("generate", Full, EXAMPLE.text, other.question, 24),
+        ("ask", Full, EXAMPLE.text, other.question, 24),
         ("ask", GemFilter, EXAMPLE.text, other.question, 24),
         ("generate", Full, UNMARKED.text, UNMARKED.question, 24),
         ("generate", GemFilter, UNMARKED.text, UNMARKED.question, 24),
     ]
-
-
-def test_what_a_method_keeps():
-    assert runner.kept_tokens(Full()) is None
-    assert runner.kept_tokens(GemFilter(filter_layer=1, keep=77)) == 77

@@ -17,8 +17,9 @@ from gemfilter_jax.cli import evaluate
 from gemfilter_jax.cli import options as cli_options
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.evals import tasks
-from gemfilter_jax.evals.task import Example, Task, option
-from gemfilter_jax.methods.gemfilter.method import Full
+from gemfilter_jax.evals.task import Example, Task
+from gemfilter_jax.methods.full import Full
+from gemfilter_jax.settings import option
 
 TOKENS = 700
 SAMPLE = 8
@@ -158,7 +159,7 @@ def test_a_third_task_is_one_class_and_one_registry_line(
         answer = "kiwi" if isinstance(method, Full) else "apple"
         return types.SimpleNamespace(text=answer, selection=None, timings={"decode": 0.125})
 
-    model = types.SimpleNamespace(checkpoint=smollm2.checkpoint, method=smollm2.method, generate=generate)
+    model = types.SimpleNamespace(checkpoint=smollm2.checkpoint, preset=smollm2.preset, generate=generate)
     monkeypatch.setattr(cli_options, "load_pipeline", lambda _: model)
     output = tmp_path / "result.json"
     command_with_third_task.FLAGS(

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import tiny
 
-from gemfilter_jax.generate import programs
+from gemfilter_jax.generate import loop
 from gemfilter_jax.generate.sampling import GREEDY, Sampling
 from gemfilter_jax.methods.gemfilter import filtering, scoring_pass
 from gemfilter_jax.methods.gemfilter.method import GemFilter
+from gemfilter_jax.methods.gemfilter.scoring_pass import ScoringPass
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 
@@ -35,9 +36,9 @@ def _run(lengths: list[int], method: GemFilter, sampling: Sampling, *, seed: int
     model = tiny.decoder()
     prompts = [tiny.prompt_of(tiny.random_ids(length), prefix=3, suffix=4) for length in lengths]
     kept = filtering.keep_tokens(model, prompts, method)
-    ids, counts = scoring_pass.pad([prompt.ids[rows] for prompt, rows in zip(prompts, kept, strict=True)], 32)
-    positions, _ = scoring_pass.pad(kept, 32)
-    state = programs.begin(
+    ids, counts = loop.pad([prompt.ids[rows] for prompt, rows in zip(prompts, kept, strict=True)], 32)
+    positions, _ = loop.pad(kept, 32)
+    state = loop.prefill(
         model,
         ids,
         counts,
@@ -48,12 +49,12 @@ def _run(lengths: list[int], method: GemFilter, sampling: Sampling, *, seed: int
         limit=jnp.int32(limit),
         capacity=16,
     )
-    state = programs.finish(model, programs.step(model, state))
+    state = loop.decode(model, loop.decode_step(model, state))
     assert np.asarray(state.lengths).tolist() == [limit] * len(prompts)
 
 
 def _method(filter_layer: int, keep: int, head_weights: tuple[float, ...] | None = None) -> GemFilter:
-    return GemFilter(filter_layer=filter_layer, keep=keep, head_weights=head_weights, window=8, chunk=4)
+    return GemFilter(filter_layer=filter_layer, keep=keep, head_weights=head_weights, observation_window=8, chunk=4)
 
 
 def test_settings_within_a_bucket_compile_nothing(compilations):
@@ -82,14 +83,8 @@ def test_segments_within_a_bucket_compile_nothing(compilations):
 def test_stage_1_makes_no_square_array(normalisation):
     """All temporaries of the compiled filter pass together are smaller than an S x S array of single bytes."""
     length = 8192
-    program = programs.score_prompt.lower(
-        tiny.decoder(),
-        jax.ShapeDtypeStruct((1, length), jnp.int32),
-        jax.ShapeDtypeStruct((1,), jnp.int32),
-        jax.ShapeDtypeStruct((1,), jnp.int32),
-        jnp.int32(2),
-        jnp.ones(tiny.CONFIG.heads),
-        window=32,
-        normalisation=normalisation,
-    ).compile()
+    one = jax.ShapeDtypeStruct((1,), jnp.int32)
+    ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    scoring = ScoringPass(jnp.int32(2), jnp.ones(tiny.CONFIG.heads), None, 32, normalisation, int8=False)
+    program = scoring_pass.score_prompt.lower(tiny.decoder(), ids, one, one, scoring).compile()
     assert program.memory_analysis().temp_size_in_bytes < length**2

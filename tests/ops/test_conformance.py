@@ -213,7 +213,7 @@ def _run_sharded(case: Attention) -> np.ndarray:
     """Attention of prompts that are sharded over `_SEQ` devices, or why it is refused."""
     mesh = jax.make_mesh((1, _SEQ, 1), ("data", "seq", "model"), (jax.sharding.AxisType.Auto,) * 3)
     q, k, v, positions = case.inputs()
-    cut = shards.Cut(_SEQ, mirrored=case.pattern is None)
+    cut = shards.SequenceShards(_SEQ, mirrored=case.pattern is None)
     length = q.shape[1]
     order = cut.order(cut.padded(length))
     q, k, v = (jnp.pad(x, ((0, 0), (0, len(order) - length), (0, 0), (0, 0)))[:, order] for x in (q, k, v))

@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
+import math
 
+import bounds
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,7 +49,9 @@ def test_large_logits_stay_finite(normalisation, implementation):
     assert np.isfinite(scores).all()
     if normalisation == "softmax":
         mass = weights.sum(dtype=np.float64) * (rows >= 0).sum(axis=1)
-        np.testing.assert_allclose(scores.sum(axis=1, dtype=np.float64), mass, rtol=1e-5)
+        # Whatever the products, the probabilities of a row add up to one; they are rounded in every block of keys.
+        rounded = bounds.of_scores(scores.shape[1], 0, q.shape[-1], rows.shape[1], q.shape[2])
+        np.testing.assert_allclose(scores.sum(axis=1, dtype=np.float64), mass, rtol=rounded)
 
 
 @pytest.mark.parametrize("implementation", _IMPLEMENTATIONS)
@@ -110,7 +114,10 @@ def test_sink_scores_do_not_depend_on_the_segment():
     whole = np.asarray(_score(q, rows, k, head_weights=weights, normalisation="sink"))
     kept = [0, *range(50, 90)]
     part = np.asarray(_score(q, rows - 49, k[:, kept], head_weights=weights, normalisation="sink"))
-    np.testing.assert_allclose(part, whole[:, kept], rtol=1e-5)
+    norms = (np.linalg.norm(np.asarray(x), axis=-1).max() for x in (q, k))
+    largest = math.prod(norms) * q.shape[-1] ** -0.5
+    bound = bounds.of_scores(whole.shape[1], largest, q.shape[-1], rows.shape[1], q.shape[2])
+    np.testing.assert_allclose(part, whole[:, kept], rtol=2 * bound)
 
 
 @pytest.mark.parametrize("normalisation", _NORMALISATIONS)

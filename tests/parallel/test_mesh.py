@@ -14,7 +14,7 @@ import tiny
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.parallel import sharding
 from gemfilter_jax.parallel.sharding import MeshShape
-from gemfilter_jax.parallel.shards import Cut
+from gemfilter_jax.parallel.shards import SequenceShards
 
 _TESTS = pathlib.Path(__file__).parents[1]
 _FAMILIES = {  # and the parts of the model axis that they admit
@@ -70,7 +70,7 @@ def test_a_mesh_keeps_and_answers_what_one_device_does(family, meshes):
     assert len(found) == (len(meshes) or 10 + 6)
     counts = {"dense": len(found) - len(refused), "answers": 6 if meshes is _EVERY else len(found) - len(refused)}
     counts["tri_shape"] = counts["dense"]
-    assert compared == counts | (dict.fromkeys(("paper", "int8", "document"), 1) if with_all else {})
+    assert compared == counts | (dict.fromkeys(("paper", "int8", "streaming_llm", "document"), 1) if with_all else {})
 
 
 _LONG = 2**18
@@ -81,7 +81,7 @@ import jax
 import jax.numpy as jnp
 import tiny
 from gemfilter_jax.parallel import sharding
-from gemfilter_jax.generate import programs
+from gemfilter_jax.methods.gemfilter import scoring_pass
 from gemfilter_jax.ops.attention import TriShape
 from gemfilter_jax.checkpoints.weights import Loading, abstract_decoder
 
@@ -90,10 +90,8 @@ mesh = sharding.make_mesh(sharding.MeshShape(seq=int(sys.argv[1])))
 model = abstract_decoder(config, Loading(jnp.dtype(jnp.float32), mesh=mesh))
 one = jax.ShapeDtypeStruct((1,), jnp.int32)
 pattern = TriShape(one, first=64, band=512, room=32) if sys.argv[2] == "tri_shape" else None
-lowered = programs.score_prompt.lower(
-    model, jax.ShapeDtypeStruct((1, {_LONG}), jnp.int32), one, one, jnp.int32(2), jnp.ones(config.heads),
-    window=32, normalisation="softmax", pattern=pattern,
-)
+scoring = scoring_pass.ScoringPass(jnp.int32(2), jnp.ones(config.heads), pattern, 32, "softmax", int8=False)
+lowered = scoring_pass.score_prompt.lower(model, jax.ShapeDtypeStruct((1, {_LONG}), jnp.int32), one, one, scoring)
 print(lowered.compile().as_text())
 """
 
@@ -114,19 +112,19 @@ def test_no_device_holds_a_whole_prompt(attention):
 @pytest.mark.parametrize("parts", [2, 3, 8])
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_pieces_are_alike_and_every_position_has_one(parts, mirrored):
-    cut = Cut(parts, mirrored)
+    shards = SequenceShards(parts, mirrored)
     for length in (1, 100, 5000, 70_000):
-        padded = cut.padded(length)
-        order = cut.order(padded)
+        padded = shards.padded(length)
+        order = shards.order(padded)
         assert length <= padded < length * 1.3 + 16
         np.testing.assert_array_equal(np.sort(order), np.arange(padded))
         share = padded // parts
-        assert share % cut.pieces == 0
-        assert share // cut.pieces % cut.block(share) == 0
-        assert cut.block(share) >= min(128, share // cut.pieces)
+        assert share % shards.pieces == 0
+        assert share // shards.pieces % shards.block(share) == 0
+        assert shards.block(share) >= min(128, share // shards.pieces)
         for part in range(parts):
-            starts = np.asarray(cut.starts(share, part))
-            mine = (starts[:, None] + np.arange(share // cut.pieces)).reshape(-1)
+            starts = np.asarray(shards.starts(share, part))
+            mine = (starts[:, None] + np.arange(share // shards.pieces)).reshape(-1)
             np.testing.assert_array_equal(order[part * share : (part + 1) * share], mine)
         work = order.reshape(parts, share).sum(axis=1)  # keys before each row, as dense attention sees them
         assert not mirrored or len(set(work)) == 1

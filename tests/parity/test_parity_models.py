@@ -11,7 +11,7 @@ from model_files import FLOAT32, GOLDEN
 
 from gemfilter_jax.checkpoints.hf_folder import HuggingFaceFolder
 from gemfilter_jax.config import ModelConfig
-from gemfilter_jax.generate import programs
+from gemfilter_jax.generate import loop
 from gemfilter_jax.generate.sampling import GREEDY
 from gemfilter_jax.models.cache import KVCache
 from gemfilter_jax.models.families import FAMILIES
@@ -58,7 +58,7 @@ def both(expected: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 def greedy(model: Decoder, ids: np.ndarray, lengths: np.ndarray, count: int) -> np.ndarray:
     """`count` greedy tokens for each row, which nothing ends."""
     positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
-    state = programs.begin(
+    state = loop.prefill(
         model,
         ids,
         lengths,
@@ -69,7 +69,7 @@ def greedy(model: Decoder, ids: np.ndarray, lengths: np.ndarray, count: int) -> 
         limit=count,
         capacity=count,
     )
-    return np.asarray(programs.finish(model, state).tokens)
+    return np.asarray(loop.decode(model, state).tokens)
 
 
 def assert_close(config: ModelConfig, actual, expected) -> None:

@@ -258,8 +258,7 @@ def _memory():
     gc.collect()
     before = _resident("VmRSS")
     real = jax.tree.map(lambda leaf: jax.device_put(jnp.full(leaf.shape, 0.01, leaf.dtype), leaf.sharding), model)
-    given = {name: value for name, value in program.options.items() if name == "pattern"}
-    jax.block_until_ready(compiled(real, *program.arguments, **given))
+    jax.block_until_ready(compiled(real, *program.arguments))
     return {
         "weights": devices * predicted.weights,
         "temporaries": devices * predicted.temporaries,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_offsets import _FAMILIES, _families
+from tokenizer_families import FAMILIES, tokenizers_of_families
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -19,9 +19,13 @@ _MARKERS = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=["smollm2", *_FAMILIES])
+@pytest.fixture(scope="module", params=["smollm2", *FAMILIES])
 def tokenizer(request):
-    return open_checkpoint("smollm2").tokenizer() if request.param == "smollm2" else _families()[request.param][0]
+    return (
+        open_checkpoint("smollm2").tokenizer()
+        if request.param == "smollm2"
+        else tokenizers_of_families()[request.param][0]
+    )
 
 
 def _tiny():
@@ -40,16 +44,18 @@ def _markers(tokenizer):
 
 
 def test_hostile_documents_and_questions(tokenizer):
-    clean = encode(tokenizer, "the ship", _QUESTION, window=4)
+    clean = encode(tokenizer, "the ship", _QUESTION, observation_rows=4)
     assert _control(tokenizer, clean), "the template has control tokens of its own"
     for marker in _markers(tokenizer):
         text = f"the ship{marker}\nsays {marker} and {marker}{marker}"
-        prompt = encode(tokenizer, text, f"{marker}Who {marker}?{marker}", window=4)
+        prompt = encode(tokenizer, text, f"{marker}Who {marker}?{marker}", observation_rows=4)
         assert _control(tokenizer, prompt) == _control(tokenizer, clean), marker
         assert prompt.spans(np.flatnonzero(~prompt.required)) == [(0, len(text))]
         assert prompt.spans(np.arange(len(prompt))) == [(0, len(text))]
-        alone = encode(tokenizer, text, None, window=4)
-        assert _control(tokenizer, alone) == _control(tokenizer, encode(tokenizer, "the ship", None, window=4))
+        alone = encode(tokenizer, text, None, observation_rows=4)
+        assert _control(tokenizer, alone) == _control(
+            tokenizer, encode(tokenizer, "the ship", None, observation_rows=4)
+        )
 
 
 @settings(deadline=None, max_examples=80, derandomize=True)
@@ -57,15 +63,15 @@ def test_hostile_documents_and_questions(tokenizer):
 def test_any_mixture_covers_the_document_and_steers_nothing(tokenizer, data):
     pieces = st.sampled_from(["the ship", " ", "\n", "é", "<", "|", "in the ", *_markers(tokenizer)])
     text = data.draw(st.lists(pieces, min_size=1, max_size=8).map("".join).filter(str.strip))
-    prompt = encode(tokenizer, text, _QUESTION, window=4)
-    clean = encode(tokenizer, "the ship", _QUESTION, window=4)
+    prompt = encode(tokenizer, text, _QUESTION, observation_rows=4)
+    clean = encode(tokenizer, "the ship", _QUESTION, observation_rows=4)
     assert _control(tokenizer, prompt) == _control(tokenizer, clean)
     assert prompt.spans(np.arange(len(prompt))) == [(0, len(text))]
 
 
 def test_clean_text_has_the_ids_that_the_tokenizer_gives_it(tokenizer):
     text = "the ship  is\n\nin the 1 2 3 <b> | [x]"
-    prompt = encode(tokenizer, text, _QUESTION, window=4)
+    prompt = encode(tokenizer, text, _QUESTION, observation_rows=4)
     rendered = tokenizer.apply_chat_template(
         [{"role": "user", "content": f"<text>\n{text}\n</text>\n\nAnswer from the text above: {_QUESTION}"}],
         tokenize=False,
@@ -77,7 +83,7 @@ def test_clean_text_has_the_ids_that_the_tokenizer_gives_it(tokenizer):
 def test_a_document_does_not_close_its_own_frame():
     tokenizer = open_checkpoint("smollm2").tokenizer()
     for text, tag in (("a</text>b", "text-2"), ("a</TEXT></text-2>", "text-3"), ("a<text>b", "text")):
-        prompt = encode(tokenizer, text, _QUESTION, window=4)
+        prompt = encode(tokenizer, text, _QUESTION, observation_rows=4)
         whole = tokenizer.decode(prompt.ids)
         assert f"<{tag}>\n{text}\n</{tag}>\n\nAnswer" in whole
         assert prompt.spans(np.flatnonzero(~prompt.required)) == [(0, len(text))]
@@ -88,14 +94,14 @@ def test_added_tokens_that_the_template_does_not_write_are_text():
     own = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, chat_template=tokenizer.chat_template)
     own.add_tokens(["<table>", "<think>"])
     table, think = own.convert_tokens_to_ids(["<table>", "<think>"])
-    assert table in encode(own, "a <table> b", _QUESTION, window=4).ids
-    assert think in encode(own, "a <think> b", _QUESTION, window=4).ids
+    assert table in encode(own, "a <table> b", _QUESTION, observation_rows=4).ids
+    assert think in encode(own, "a <think> b", _QUESTION, observation_rows=4).ids
     own.chat_template = "<think>" + tokenizer.chat_template
-    assert encode(own, "a <think> b", _QUESTION, window=4).ids.tolist().count(think) == 1
+    assert encode(own, "a <think> b", _QUESTION, observation_rows=4).ids.tolist().count(think) == 1
 
 
 def test_a_character_that_the_tokenizer_does_not_know_stays_unknown():
     tokenizer = _tiny()
     unknown = tokenizer.unk_token_id
-    prompt = encode(tokenizer, "a x <u> b", None, window=1, chat_template=False)
+    prompt = encode(tokenizer, "a x <u> b", None, observation_rows=1, chat_template=False)
     assert prompt.ids.tolist() == [0, unknown, unknown, 1]

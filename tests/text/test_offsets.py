@@ -7,6 +7,7 @@ import pytest
 from gguf_vocabularies import CONTROL, built, byte_level, sentencepiece, token_id
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from tokenizer_families import FAMILIES, tokenizers_of_families
 from transformers import PreTrainedTokenizerBase
 
 from gemfilter_jax.errors import UserError
@@ -21,87 +22,6 @@ _TEXTS = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20),
 ).filter(str.strip)
 _DOCUMENT = "The ship left  the harbour\n\n at dawn.\tNa\u00efve \U0001f6a2\u4e2d\u6587"
-
-# The shapes of the templates that the families' files carry, for one message.
-_LLAMA3 = (
-    "{% set loop_messages = messages %}{% for message in loop_messages %}"
-    "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim "
-    "+ '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
-_MISTRAL = (
-    "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
-    "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + '#[/INST]' }}"
-    "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token }}"
-    "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
-)
-_PHI3 = (
-    "{% for message in messages %}{% if message['role'] == 'system' and message['content'] %}"
-    "{{ '<|system|>\n' + message['content'] + '<|end|>\n' }}{% elif message['role'] == 'user' %}"
-    "{{ '<|user|>\n' + message['content'] + '<|end|>\n' }}{% elif message['role'] == 'assistant' %}"
-    "{{ '<|assistant|>\n' + message['content'] + '<|end|>\n' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
-)
-_PHI4 = (
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"
-)
-_QWEN = (
-    "{%- if messages[0]['role'] == 'system' %}{{- '<|im_start|>system\n' + messages[0]['content'] + '<|im_end|>\n' }}"
-    "{%- else %}{{- '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{%- endif %}"
-    "{%- for message in messages %}"
-    "{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
-)
-
-
-def _byte_level(pre: str, specials: list[str], template: str) -> PreTrainedTokenizerBase:
-    metadata = byte_level(pre, dict.fromkeys(specials, CONTROL), chat_template=template)
-    bos = token_id(metadata, specials[0])
-    return built(metadata | {"tokenizer.ggml.bos_token_id": bos, "tokenizer.ggml.eos_token_id": bos + 1})
-
-
-def _sentencepiece(architecture: str, specials: list[str], template: str) -> PreTrainedTokenizerBase:
-    metadata = sentencepiece(dict.fromkeys(specials, CONTROL), chat_template=template)
-    return built(metadata | {"general.architecture": architecture})
-
-
-@functools.cache
-def _families() -> dict[str, tuple[PreTrainedTokenizerBase, str, str]]:
-    """A tokenizer of each family, and what its template puts before and after the message."""
-    llama3 = ["<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]
-    phi = ["<|endoftext|>", "<|end|>", "<|user|>", "<|system|>", "<|assistant|>"]
-    qwen = ["<|endoftext|>", "<|im_end|>", "<|im_start|>"]
-    instructions = ["[INST]", "[/INST]"]
-    user = "<|start_header_id|>user<|end_header_id|>\n\n"
-    assistant = "<|start_header_id|>assistant<|end_header_id|>\n\n"
-    system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-    mistral1, mistral3 = _MISTRAL.replace("#", " "), _MISTRAL.replace("#", "")
-    return {
-        "llama3": (
-            _byte_level("llama-bpe", llama3, _LLAMA3),
-            f"<|begin_of_text|>{user}",
-            f"<|eot_id|>{assistant}",
-        ),
-        "mistral 0.1": (_sentencepiece("llama", [], mistral1), "<s>[INST] ", " [/INST]"),
-        "mistral 0.3": (_sentencepiece("llama", instructions, mistral3), "<s>[INST] ", "[/INST]"),
-        "mistral nemo": (
-            _byte_level("tekken", ["<s>", "</s>", *instructions], mistral3.replace("[INST] ", "[INST]")),
-            "<s>[INST]",
-            "[/INST]",
-        ),
-        "phi3": (_sentencepiece("phi3", phi, _PHI3), "<|user|>\n", "<|end|>\n<|assistant|>\n"),
-        "phi4": (_byte_level("gpt-4o", phi, _PHI4), "<|user|>", "<|end|><|assistant|>"),
-        "qwen": (
-            _byte_level("qwen2", qwen, _QWEN),
-            f"{system}<|im_start|>user\n",
-            "<|im_end|>\n<|im_start|>assistant\n",
-        ),
-    }
-
-
-_FAMILIES = ["llama3", "mistral 0.1", "mistral 0.3", "mistral nemo", "phi3", "phi4", "qwen"]
 
 
 @functools.cache
@@ -134,15 +54,15 @@ def _check_drawn(data: st.DataObject, tokenizer: PreTrainedTokenizerBase) -> Non
     text, question = data.draw(_TEXTS), data.draw(st.sampled_from([None, _QUESTION]))
     template = data.draw(st.booleans())
     assume(tokenizer(text, add_special_tokens=False)["input_ids"])
-    prompt = encode(tokenizer, text, question, window=data.draw(st.integers(1, 8)), chat_template=template)
+    prompt = encode(tokenizer, text, question, observation_rows=data.draw(st.integers(1, 8)), chat_template=template)
     _check(prompt, np.flatnonzero(data.draw(st.lists(st.booleans(), min_size=len(prompt), max_size=len(prompt)))))
 
 
-@pytest.mark.parametrize("family", _FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 @settings(deadline=None, max_examples=60, derandomize=True)
 @given(data=st.data())
 def test_offsets_with_each_template(family, data):
-    _check_drawn(data, _families()[family][0])
+    _check_drawn(data, tokenizers_of_families()[family][0])
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "byte level"])
@@ -162,7 +82,7 @@ def test_offsets_of_the_default_model(smollm2, data):
 @pytest.mark.parametrize("kind", ["sentencepiece", "byte level"])
 def test_tokens_put_around_the_text_stand_for_none_of_it(kind, question):
     tokenizer = _appending(kind)
-    prompt = encode(tokenizer, _DOCUMENT, question, window=2)
+    prompt = encode(tokenizer, _DOCUMENT, question, observation_rows=2)
     assert prompt.ids[[0, -1]].tolist() == [tokenizer.bos_token_id, tokenizer.eos_token_id]
     assert prompt.offsets[[0, -1]].tolist() == [[0, 0], [0, 0]]
     assert prompt.required[[0, -1]].all()
@@ -178,19 +98,19 @@ def test_a_text_without_tokens_is_refused(add_bos):
     metadata["tokenizer.ggml.tokens"] = [f"no {token}" for token in metadata["tokenizer.ggml.tokens"]]
     tokenizer = built(metadata | {"tokenizer.ggml.merges": [], "tokenizer.ggml.bos_token_id": 0})
     with pytest.raises(UserError, match="the tokenizer knows none of its characters"):
-        encode(tokenizer, "the", window=1)
+        encode(tokenizer, "the", observation_rows=1)
 
 
 def test_a_mark_composed_with_the_last_letter_is_not_lost():
     text = "cafe\u0301"
-    prompt = encode(_appending("byte level"), text, window=1)
+    prompt = encode(_appending("byte level"), text, observation_rows=1)
     assert prompt.spans(np.arange(len(prompt))) == [(0, len(text))]
 
 
-@pytest.mark.parametrize("family", _FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_document_lies_between_the_templates_parts(family):
-    tokenizer, before, after = _families()[family]
-    prompt = encode(tokenizer, _DOCUMENT, _QUESTION, window=4)
+    tokenizer, before, after = tokenizers_of_families()[family]
+    prompt = encode(tokenizer, _DOCUMENT, _QUESTION, observation_rows=4)
     head, tail = prompt.ids[: prompt.prefix_length].tolist(), prompt.ids[len(prompt) - prompt.suffix_length :].tolist()
     before, after = f"{before}<text>\n", f"\n</text>\n\nAnswer from the text above: {_QUESTION}{after}"
     decoded = [tokenizer.decode(ids) for ids in (head, tail)]
@@ -205,11 +125,11 @@ def test_the_document_lies_between_the_templates_parts(family):
 
 
 @pytest.mark.parametrize("text", ["the ship", "  the ship  ", "\n\nthe ship\n"])
-@pytest.mark.parametrize("family", _FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_document_alone_keeps_its_edges_and_the_templates_parts(family, text):
     """The template's last space may be one token with the text's first word; that token is kept too."""
-    tokenizer, before, after = _families()[family]
-    prompt = encode(tokenizer, text, window=1)
+    tokenizer, before, after = tokenizers_of_families()[family]
+    prompt = encode(tokenizer, text, observation_rows=1)
     assert prompt.spans(np.arange(len(prompt))) == [(0, len(text))]
     bare = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before.rstrip(), after.lstrip())]
     assert prompt.ids[: len(bare[0])].tolist() == bare[0]

@@ -41,7 +41,9 @@ def _tokenizer(trim_offsets: bool = False, chat_template: str = _CHAT) -> PreTra
 
 
 def _encode(text: str = _TEXT, question: str | None = _QUESTION, *, trim_offsets: bool = False, **options) -> Prompt:
-    return encode(_tokenizer(trim_offsets), text, question, **{"window": 4, "message_format": _FORMAT} | options)
+    return encode(
+        _tokenizer(trim_offsets), text, question, **{"observation_rows": 4, "message_format": _FORMAT} | options
+    )
 
 
 def _characters(prompt: Prompt, before: str) -> list[set[int]]:
@@ -62,7 +64,7 @@ def _decoded(ids: np.ndarray) -> str:
 @pytest.mark.parametrize("trim_offsets", [False, True])
 @pytest.mark.parametrize("question", [None, _QUESTION])
 @pytest.mark.parametrize("chat_template", [False, True])
-def test_head_and_tail_are_the_template_and_the_question(chat_template, question, trim_offsets):
+def test_prefix_and_suffix_are_the_template_and_the_question(chat_template, question, trim_offsets):
     prompt = _encode(question=question, chat_template=chat_template, trim_offsets=trim_offsets)
     before, after = (_BEFORE, _AFTER) if chat_template else ("", "")
     tail = prompt.suffix_length
@@ -86,7 +88,7 @@ def test_template_and_question_cover_no_text():
 
 
 def test_a_text_shorter_than_the_window_is_required_whole():
-    prompt = _encode("ship", None, window=50)
+    prompt = _encode("ship", None, observation_rows=50)
     assert prompt.required.all()
     assert prompt.prefix_length + prompt.suffix_length == len(prompt)
 
@@ -162,6 +164,6 @@ def test_a_bad_message_format_is_refused(message_format):
 def test_a_template_that_does_not_hold_the_message_once_is_refused(template, words):
     tokenizer = _tokenizer(chat_template=template)
     with pytest.raises(UserError, match=words) as error:
-        encode(tokenizer, _TEXT, _QUESTION, window=4)
+        encode(tokenizer, _TEXT, _QUESTION, observation_rows=4)
     assert "\n" not in str(error.value)
-    assert encode(tokenizer, _TEXT, _QUESTION, window=4, chat_template=False).prefix_length > 0
+    assert encode(tokenizer, _TEXT, _QUESTION, observation_rows=4, chat_template=False).prefix_length > 0

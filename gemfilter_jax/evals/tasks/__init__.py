@@ -1,4 +1,4 @@
-"""Evaluation tasks, one file each, and the registry that names them."""
+"""Evaluation tasks, one file each, and their registry."""
 
 from gemfilter_jax.evals.task import Task
 from gemfilter_jax.evals.tasks import hidden_facts, needles

@@ -1,6 +1,6 @@
-"""Many facts of many forms, hidden in long texts, and questions that ask for one or several of them.
+"""Facts of many kinds, hidden in long texts, and questions that ask for one or several of them.
 
-The two splits share no template, no vocabulary and no text: what is learned on "train" is measured on "held_out".
+The two splits share no template, vocabulary or text, so that settings learned on "train" are measured on "held_out".
 Templates and vocabularies are in facts_train.json and facts_held_out.json.
 """
 
@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.evals import haystack, metrics, summary
-from gemfilter_jax.evals.task import Example, Task, option
+from gemfilter_jax.evals.task import Example, Task
+from gemfilter_jax.settings import option
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,15 +34,15 @@ _PARAGRAPH_BREAK = "\n\n"
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """A kind of fact. Slots are vocabularies' names in braces.
+    """A kind of fact. A slot is the name of a vocabulary in braces.
 
     Attributes:
       name: unique in its split.
       text: the fact, one sentence or a few.
-      question: asks for `answer`, which is not among its slots.
-      several: asks for it of several such facts at once; its slot is filled with all of theirs: "A, B and C".
+      question: question for the value of `answer`; contains other slots only.
+      several: question about several facts of this kind; a slot holds the values of all of them: "A, B and C".
       answer: the slot whose value a right answer contains.
-      own_paragraph: such facts (announcements, log entries) stand between paragraphs, never in one.
+      own_paragraph: whether these facts are always separate paragraphs, as announcements and log entries are.
     """
 
     name: str
@@ -75,18 +76,18 @@ class Fact:
 
     @property
     def text(self) -> str:
-        """As it is hidden."""
+        """The fact as hidden in the text."""
         return self.template.text.format(**self.values)
 
     @property
     def answer(self) -> str:
-        """What a right answer contains."""
+        """The value that a right answer contains."""
         return self.values[self.template.answer]
 
     def fits(self, others: Sequence["Fact"], hay: str) -> bool:
-        """Whether its answer, and those of the others, are each found in their own fact alone.
+        """Whether the answers of this fact and of the others each occur in their own fact only.
 
-        Facts of one template have no value in common.
+        In addition, facts of the same template must not share a value.
         """
         answer, text = self.answer.lower(), self.text.lower()
         if answer in hay or text.count(answer) != 1:
@@ -101,10 +102,10 @@ class Fact:
 
 @functools.cache
 def load(split: str) -> Split:
-    """A split by its name.
+    """The split of this name.
 
     Raises:
-      UserError: there is no such split.
+      UserError: the split does not exist.
     """
     if split not in _HAYSTACKS:
         raise UserError(f"split {split!r} is unknown; one of {', '.join(_HAYSTACKS)}")
@@ -129,12 +130,12 @@ class HiddenFacts(Task):
     the key word of every fact it is asked for.
 
     Raises:
-      UserError: an option is out of bounds, `per_text` and `facts` are both above 1, `texts` cannot be read, or there
-        is no such split.
+      UserError: an option is out of bounds, `per_text` and `facts` are both above 1, `texts` cannot be read, or the
+        split does not exist.
 
     Attributes:
-      split: whose templates, vocabularies and, without `texts` and `paragraphs`, text are used.
-      paragraphs: the haystack; `texts` or the split's own if None.
+      split: split of the templates, the vocabularies and, without `texts` and `paragraphs`, the text.
+      paragraphs: paragraphs of the haystack; None for those of `texts` or of the split.
     """
 
     name: ClassVar[str] = "held_out"
@@ -162,7 +163,7 @@ class HiddenFacts(Task):
 
     @functools.cached_property
     def _material(self) -> Split:
-        """The split with the paragraphs to hide facts in."""
+        """The split, with the paragraphs in which facts are hidden."""
         material = load(self.split)
         if self.paragraphs is not None:
             return dataclasses.replace(material, paragraphs=self.paragraphs)
@@ -173,15 +174,15 @@ class HiddenFacts(Task):
     def examples(self, tokenizer: "PreTrainedTokenizerBase", tokens: int) -> Iterator[Example]:
         """`count` questions.
 
-        With one question for each text, the split's templates take turns in an order drawn from the seed. Several
-        questions of one text are of different templates.
+        With one question for each text, the questions cycle through the split's templates in an order drawn from the
+        seed. Several questions about one text use different templates.
 
         Args:
-          tokens: about how many each text has, facts included.
+          tokens: approximate length of each text, facts included.
 
         Raises:
-          UserError: the text would be too short for its facts, the vocabularies are too small for so many, or the split
-            has fewer than `per_text` templates.
+          UserError: the text is too short for its facts, the vocabularies are too small for the number of facts, or the
+            split has fewer than `per_text` templates.
         """
         if self.per_text == 1:
             yield from self._one_for_each_text(tokenizer, tokens)
@@ -214,7 +215,7 @@ class HiddenFacts(Task):
             yield _example(text, [drawn[index]], [spans[index]], tokens)
 
     def new_tokens(self, example: Example) -> int:
-        """24 for each reference."""
+        """24 tokens for each reference."""
         return _NEW_TOKENS_PER_REFERENCE * len(example.references)
 
     def score(self, example: Example, answer: str) -> dict[str, float]:
@@ -251,7 +252,7 @@ def _hide(
     templates: Sequence[Template],
     rng: random.Random,
 ) -> tuple[str, list[Fact], list[tuple[int, int]]]:
-    """A fact of each template in a text of about `tokens` tokens, and where each is."""
+    """A text of about `tokens` tokens with one fact of each template, the facts, and their spans."""
     hay = haystack.pile(tokenizer, material.paragraphs, tokens, rng.getrandbits(32))
     lower, facts = hay.text.lower(), []
     for template in templates:
@@ -279,7 +280,7 @@ def _draw(
 
 @dataclasses.dataclass(frozen=True, order=True)
 class _Place:
-    """Where a fact can be put; of several at one offset, those that end a paragraph go first (`rank`)."""
+    """A place for a fact; places sort by offset, then by `rank`, so that one at a paragraph's end precedes the next."""
 
     offset: int
     rank: int
@@ -288,7 +289,7 @@ class _Place:
 
 
 def _places(hay: str) -> dict[str, list[_Place]]:
-    """By kind: as a paragraph, at a paragraph's start or end, or between two of its sentences."""
+    """Places by kind: as a paragraph, at a paragraph's start or end, or between two of its sentences."""
     breaks = [match.start() for match in re.finditer(_PARAGRAPH_BREAK, hay)]
     starts = [0, *(offset + len(_PARAGRAPH_BREAK) for offset in breaks)]
     return {
@@ -300,7 +301,7 @@ def _places(hay: str) -> dict[str, list[_Place]]:
 
 
 def _insert(hay: str, facts: Sequence[Fact], rng: random.Random) -> tuple[str, list[tuple[int, int]]]:
-    """Put each fact at a place drawn at random, none where another is while there are free ones."""
+    """Insert each fact at a random place, and use an offset twice only if no other is free; returns text and spans."""
     kinds = {kind: places for kind, places in _places(hay).items() if places}
     taken: dict[int, _Place] = {}
     for index, fact in enumerate(facts):

@@ -52,8 +52,8 @@ class Needles(Task):
     """Four facts, each hidden at three depths of essays; an answer is right if it contains the fact's key word.
 
     Attributes:
-      needles: the facts; each has essays in an order of its own.
-      depths: where each is hidden: 0 at the start of the text, 1 at its end.
+      needles: the facts; each is hidden in the essays in a different order.
+      depths: relative positions of each fact: 0 at the start of the text, 1 at its end.
     """
 
     name: ClassVar[str] = "needles"
@@ -67,7 +67,7 @@ class Needles(Task):
     depths: tuple[float, ...] = DEPTHS
 
     def examples(self, tokenizer: "PreTrainedTokenizerBase", tokens: int) -> Iterator[Example]:
-        """One for each needle and depth, in about `tokens` tokens of essays."""
+        """One example for each needle and depth, in about `tokens` tokens of essays."""
         for seed, needle in enumerate(self.needles):
             hay = haystack.pile(tokenizer, haystack.built_in("essays"), tokens, seed).first(tokens)
             for depth in self.depths:
@@ -83,7 +83,7 @@ class Needles(Task):
                 )
 
     def new_tokens(self, example: Example) -> int:
-        """24 for each reference."""
+        """24 tokens for each reference."""
         return _NEW_TOKENS_PER_REFERENCE * len(example.references)
 
     def score(self, example: Example, answer: str) -> dict[str, float]:

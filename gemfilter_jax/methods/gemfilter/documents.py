@@ -1,10 +1,11 @@
-"""A document read once for many questions: what the filter's layers keep of it, in memory and on disk."""
+"""A document read once for many questions: its keys and values up to the filter layer, in memory and on disk."""
 
 import dataclasses
 import hashlib
 import pathlib
 import tempfile
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -14,24 +15,28 @@ import orbax.checkpoint as ocp
 from gemfilter_jax.buckets import bucket
 from gemfilter_jax.config import LongRope, ModelConfig
 from gemfilter_jax.errors import UserError
-from gemfilter_jax.generate import programs
-from gemfilter_jax.methods.gemfilter import scoring_pass, segments
-from gemfilter_jax.methods.gemfilter.method import GemFilter
-from gemfilter_jax.methods.gemfilter.scoring_pass import Progress
+from gemfilter_jax.generate.loop import pad
+from gemfilter_jax.methods.base import Progress, Reader
+from gemfilter_jax.methods.gemfilter import filtering, scoring_pass, segments
+from gemfilter_jax.methods.gemfilter.scoring_pass import ScoringPass
 from gemfilter_jax.models.cache import KVCache
 from gemfilter_jax.models.transformer import Decoder
 from gemfilter_jax.parallel import collectives, sharding
 from gemfilter_jax.text.prompt import Prompt
+from gemfilter_jax.timing import Stopwatch
 
-_VERSION = "3"  # of what is saved
+if TYPE_CHECKING:
+    from gemfilter_jax.methods.gemfilter.method import GemFilter
+
+_VERSION = "3"  # of the saved format
 
 
 @dataclasses.dataclass(frozen=True)
 class Beginning:
-    """A segment up to where the question begins.
+    """A segment without its suffix.
 
     Attributes:
-      ids: int32 [S], the template's head included.
+      ids: int32 [S], the prompt's prefix and a piece of the document.
       long: whether `LongRope` uses its long table for the whole segment; False under any other scaling.
     """
 
@@ -41,73 +46,75 @@ class Beginning:
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """Keys and values of a document's segments, or of all of it at once, up to the layer that filters.
+    """Keys and values of a whole document or of its segments, up to the filter layer.
 
     Attributes:
-      beginnings: what has been read.
-      states: of the beginnings in `segments.groups`, in order, each with the rows that a mesh wants.
+      beginnings: the segments that have been read.
+      states: one cache for each of the `segments.groups` of the beginnings, in order, with rows padded for the mesh.
     """
 
     beginnings: list[Beginning]
     states: list[KVCache]
 
-    def fits(self, config: ModelConfig, prompt: Prompt, method: GemFilter) -> bool:
-        """Whether this model and method would read the same of the prompt, whatever its question."""
+    def fits(self, config: ModelConfig, prompt: Prompt, method: "GemFilter") -> bool:
+        """Whether this model and method would read the same segments of the prompt."""
         wanted = _beginnings(config, prompt, method)
         return len(wanted) == len(self.beginnings) and all(
             one.long == other.long and np.array_equal(one.ids, other.ids)
             for one, other in zip(wanted, self.beginnings, strict=True)
         )
 
-    def scores(self, model: Decoder, prompt: Prompt, method: GemFilter) -> np.ndarray:
-        """float32 [S], a score for each token of a prompt with this document; 0 for required ones."""
+    def scores(self, model: Decoder, prompt: Prompt, method: "GemFilter") -> np.ndarray:
+        """float32 [S], a score for each token of a prompt with this document; with segments, 0 for required tokens."""
         whole = len(prompt) <= segments.reach(model.config, method)
         question = prompt.ids[len(prompt) - prompt.suffix_length :]
         scores = np.zeros(len(prompt), np.float32)
         done = prompt.prefix_length
+        # The suffix attends to the whole document, whatever pattern the document was read with.
+        scoring = dataclasses.replace(_pass(model, method, 0, len(self.beginnings), whole=whole), pattern=None)
         for state, group in zip(self.states, _groups(model, method, self.beginnings), strict=True):
-            ids, lengths = scoring_pass.pad([question] * len(state.lengths), bucket(prompt.suffix_length))
-            scored = programs.score_after(
-                scoring_pass.filtering(model, method),
-                state,
-                ids,
-                lengths,
-                scoring_pass.head_weights(model, method),
-                window=method.window,
-                normalisation=scoring_pass.normalisation(method, whole),
-            )
-            for row, one in zip(collectives.to_host(scored), group, strict=False):
+            ids, lengths = pad([question] * len(state.lengths), bucket(prompt.suffix_length))
+            scored = collectives.to_host(scoring_pass.score_after(model, state, ids, lengths, scoring))
+            if whole:
+                return scored[0, : len(prompt)]
+            for row, one in zip(scored, group, strict=False):
                 part = row[prompt.prefix_length : len(one.ids)]
                 scores[done : done + len(part)] = part
                 done += len(part)
         return scores
 
 
-def _beginnings(config: ModelConfig, prompt: Prompt, method: GemFilter) -> list[Beginning]:
-    head = prompt.ids[: prompt.prefix_length]
+def _beginnings(config: ModelConfig, prompt: Prompt, method: "GemFilter") -> list[Beginning]:
+    prefix = prompt.ids[: prompt.prefix_length]
     parts = segments.pieces(config, prompt, np.arange(len(prompt)), method)
     scaling = config.rope_scaling
     threshold = scaling.original_context if isinstance(scaling, LongRope) else None
     around = prompt.prefix_length + prompt.suffix_length
     return [
-        Beginning(np.concatenate([head, prompt.ids[part]]), threshold is not None and around + len(part) > threshold)
+        Beginning(np.concatenate([prefix, prompt.ids[part]]), threshold is not None and around + len(part) > threshold)
         for part in parts
     ]
 
 
-def _groups(model: Decoder, method: GemFilter, beginnings: list[Beginning]) -> list[Sequence[Beginning]]:
+def _pass(model: Decoder, method: "GemFilter", document: int, rows: int, *, whole: bool = True) -> ScoringPass:
+    """A scoring pass over `rows` prompts, for the beginnings or for the suffixes."""
+    none = np.zeros(rows, np.int32)
+    return ScoringPass.of(method, model.config.heads, document=document, suffix_lengths=none, whole=whole)
+
+
+def _groups(model: Decoder, method: "GemFilter", beginnings: list[Beginning]) -> list[Sequence[Beginning]]:
     return segments.groups(model.config, method, beginnings, _rows(model))
 
 
 def _rows(model: Decoder) -> int:
-    """The number of rows that the mesh wants a batch to be a multiple of."""
+    """The number of batch shards on the mesh; the size of a batch must be a multiple of it."""
     return sharding.shape_of(model.mesh).rows
 
 
-def key(model: Decoder, prompt: Prompt, method: GemFilter) -> str:
-    """Hexadecimal digest of all that a reading depends on: weights, filter pass, batches, and the document's token ids.
+def key(model: Decoder, prompt: Prompt, method: "GemFilter") -> str:
+    """Hexadecimal digest of everything a reading depends on: weights, filter pass, batches, the document's token ids.
 
-    Of the weights, one row of each array stands for the whole of it.
+    Of each weight array with several axes, only the last row enters the digest.
     """
     digest = hashlib.sha256(_VERSION.encode())
     digest.update(repr(model.config).encode())
@@ -122,26 +129,18 @@ def key(model: Decoder, prompt: Prompt, method: GemFilter) -> str:
     return digest.hexdigest()
 
 
-def read(model: Decoder, prompt: Prompt, method: GemFilter, *, progress: Progress | None = None) -> Reading:
-    """Read a prompt's document, for this and any other question that leaves its segments as they are."""
+def read(model: Decoder, prompt: Prompt, method: "GemFilter", *, progress: Progress | None = None) -> Reading:
+    """Read a prompt's document, for this question and all others that leave its segments unchanged."""
     beginnings = _beginnings(model.config, prompt, method)
     longest = max(len(one.ids) for one in beginnings)
     width = segments.width(longest)
     states, done = [], 0
     for group in _groups(model, method, beginnings):
         rows = sharding.evenly(group, _rows(model))
-        ids, lengths = scoring_pass.pad([one.ids for one in rows], width)
-        pattern = scoring_pass.pattern(method, longest - prompt.prefix_length, np.zeros(len(rows), np.int32))
-        states.append(
-            programs.read(
-                scoring_pass.filtering(model, method),
-                ids,
-                lengths,
-                lengths + prompt.suffix_length,
-                filter_layer=method.filter_layer,
-                pattern=pattern,
-            )
-        )
+        ids, lengths = pad([one.ids for one in rows], width)
+        scoring = _pass(model, method, longest - prompt.prefix_length, len(rows))
+        extents = lengths + prompt.suffix_length
+        states.append(scoring_pass.read(model, ids, lengths, extents, scoring, filter_layer=method.filter_layer))
         jax.block_until_ready(states[-1])
         done += sum(len(one.ids) for one in group)
         if progress:
@@ -149,8 +148,49 @@ def read(model: Decoder, prompt: Prompt, method: GemFilter, *, progress: Progres
     return Reading(beginnings, states)
 
 
+@dataclasses.dataclass
+class DocumentReader(Reader):
+    """Reads a document with the first question and keeps the reading for later questions.
+
+    Attributes:
+      folder: where readings are stored for other processes; None to store none.
+    """
+
+    method: "GemFilter"
+    model: Decoder
+    folder: pathlib.Path | None
+    _reading: Reading | None = None
+
+    def select(self, prompt: Prompt, *, watch: Stopwatch, progress: Progress | None = None) -> np.ndarray:
+        """See `Reader.select`; `watch` has the stage "read" if the document was read."""
+        self.method.check_prompt(self.model, prompt)
+        if len(prompt) <= self.method.keep:
+            return np.arange(len(prompt))
+        known = self._known(prompt, watch, progress)
+        with watch.stage("filter"):
+            return filtering.keep_tokens_of_document(self.model, prompt, self.method, known, progress=progress)
+
+    def _known(self, prompt: Prompt, watch: Stopwatch, progress: Progress | None) -> Reading:
+        with watch.stage("filter"):
+            if self._reading and self._reading.fits(self.model.config, prompt, self.method):
+                return self._reading
+        with watch.stage("read"):
+            self._reading = None  # so that two readings are never in memory at once
+            self._reading = self._read_anew(prompt, progress)
+            return self._reading
+
+    def _read_anew(self, prompt: Prompt, progress: Progress | None) -> Reading:
+        saved = load(self.model, prompt, self.method, self.folder) if self.folder else None
+        if saved:
+            return saved
+        made = read(self.model, prompt, self.method, progress=progress)
+        if self.folder:
+            save(made, self.folder, key(self.model, prompt, self.method))
+        return made
+
+
 def save(reading: Reading, folder: pathlib.Path, name: str) -> None:
-    """Write a reading into a folder of readings, where it appears whole or not at all, under its `key`.
+    """Write a reading atomically to a folder of readings, under its `key`.
 
     Raises:
       UserError: the folder cannot be written.
@@ -167,19 +207,19 @@ def save(reading: Reading, folder: pathlib.Path, name: str) -> None:
         raise UserError(f"{folder}: the reading of the document cannot be written there ({error.strerror})") from error
 
 
-def load(model: Decoder, prompt: Prompt, method: GemFilter, folder: pathlib.Path) -> Reading | None:
-    """The reading of a prompt's document from a folder of readings; None if it holds none, or a damaged one."""
+def load(model: Decoder, prompt: Prompt, method: "GemFilter", folder: pathlib.Path) -> Reading | None:
+    """The reading of a prompt's document from a folder of readings; None if it is missing or damaged."""
     path = folder.absolute() / key(model, prompt, method)
     if not path.is_dir():
         return None
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             tree = checkpointer.metadata(path).item_metadata.tree
-            # Through the host, so that they are bound to no device and go where the model's weights are.
+            # Restored through the host, so that the arrays are not tied to the devices that wrote them.
             arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
             stored = checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=arguments))
         states = [KVCache(**jax.tree.map(jnp.asarray, one)) for one in stored]
-    except Exception:  # Orbax and TensorStore raise many kinds for a damaged checkpoint; the document is read again
+    except Exception:  # Orbax and TensorStore raise many types for a damaged checkpoint; the document is read again
         return None
     return Reading(_beginnings(model.config, prompt, method), states)
 

@@ -1,41 +1,43 @@
-"""Stage 1 on the host: prompts in, kept token indices out; prompts beyond the context in segments and rounds."""
+"""Stage 1 on the host: from prompts to indices of kept tokens. Long prompts are read in segments and rounds."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gemfilter_jax.buckets import bucket
-from gemfilter_jax.errors import UserError
+from gemfilter_jax.methods.base import Progress
 from gemfilter_jax.methods.gemfilter import scoring_pass, segments, selection
-from gemfilter_jax.methods.gemfilter.documents import Reading
-from gemfilter_jax.methods.gemfilter.method import GemFilter
-from gemfilter_jax.methods.gemfilter.scoring_pass import Progress
 from gemfilter_jax.models.transformer import Decoder
 from gemfilter_jax.parallel import sharding
 from gemfilter_jax.text.prompt import Prompt
 
-_select = jax.jit(selection.select, static_argnames=("capacity", "pooling", "kernel"))
+if TYPE_CHECKING:
+    from gemfilter_jax.methods.gemfilter.documents import Reading
+    from gemfilter_jax.methods.gemfilter.method import GemFilter
+
+_select = jax.jit(selection.select, static_argnames=("capacity", "pooling", "pool_size"))
 
 
 def keep_tokens(
-    model: Decoder, prompts: Sequence[Prompt], method: GemFilter, *, progress: Progress | None = None
+    model: Decoder, prompts: Sequence[Prompt], method: "GemFilter", *, progress: Progress | None = None
 ) -> list[np.ndarray]:
     """The indices of the tokens that `method` keeps of each prompt, in the order in which stage 2 reads them.
 
-    A prompt beyond `segments.reach` is cut into segments, each with the template's head and the question around it;
-    the best tokens of all segments are kept, at once or in `method.rounds`.
+    A prompt longer than `segments.reach` is cut into segments, each with the prompt's prefix and suffix. The best
+    tokens of all segments are kept, in one round or in `method.rounds`.
 
     Raises:
       UserError: the method does not fit the model or a prompt.
     """
     for prompt in prompts:
-        check(model, prompt, method)
+        method.check_prompt(model, prompt)
     kept = [np.arange(len(prompt)) for prompt in prompts]
     limit = segments.reach(model.config, method)
     count = _Counter(progress, sum(_to_read(prompt, method, limit) for prompt in prompts))
-    together: dict[bool, list[int]] = {}  # prompts that pass whole, in one batch for each form of attention
+    together: dict[bool, list[int]] = {}  # prompts within reach, one batch for each form of attention
     for index, prompt in enumerate(prompts):
         if len(prompt) > limit:
             kept[index] = _in_rounds(model, prompt, method, count)
@@ -52,13 +54,13 @@ def keep_tokens(
 
 
 def keep_tokens_of_document(
-    model: Decoder, prompt: Prompt, method: GemFilter, reading: Reading, *, progress: Progress | None = None
+    model: Decoder, prompt: Prompt, method: "GemFilter", reading: "Reading", *, progress: Progress | None = None
 ) -> np.ndarray:
-    """As `keep_tokens` of one prompt whose document has been read already.
+    """`keep_tokens` for one prompt whose document has already been read.
 
     Args:
-      prompt, method: which have passed `check`.
-      reading: which fits them.
+      prompt, method: must have passed `GemFilter.check_prompt`.
+      reading: must fit the prompt and the method.
     """
     if len(prompt) <= method.keep:
         return np.arange(len(prompt))
@@ -70,7 +72,7 @@ def keep_tokens_of_document(
 
 
 class _Counter:
-    """Adds up the tokens that were read and passes them on."""
+    """Counts the tokens read and reports progress."""
 
     def __init__(self, progress: Progress | None, total: int):
         self._progress, self._read, self._total = progress, 0, total
@@ -81,59 +83,14 @@ class _Counter:
             self._progress(self._read, self._total)
 
 
-def check(model: Decoder, prompt: Prompt, method: GemFilter) -> None:
-    """Raise a `UserError` if `method` cannot serve this model and prompt."""
-    check_method(model, method)
-    config = model.config
-    required = prompt.prefix_length + prompt.suffix_length
-    for keep in (*method.rounds, method.keep):
-        if method.keep_required and keep < min(required, len(prompt)):
-            raise UserError(
-                f"keep is {keep}, but the template and the question alone are {required} tokens; keep more than that"
-            )
-    segments.check_room(config, prompt, method)
-    if len(prompt) > config.context and method.positions == "original":
-        raise UserError(
-            f"original positions need a prompt within the model's context of {config.context} tokens, "
-            f"this one has {len(prompt)}"
-        )
-
-
-def check_method(model: Decoder, method: GemFilter) -> None:
-    """Raise a `UserError` if `method` cannot serve this model, whatever the prompt."""
-    config = model.config
-    if not 0 <= method.filter_layer < config.layers:
-        raise UserError(
-            f"filter layer {method.filter_layer} is out of range; the model has layers 0 to {config.layers - 1}"
-        )
-    if method.filter_layer >= model.held_layers:
-        raise UserError(
-            f"filter layer {method.filter_layer} is beyond the first {model.held_layers} layers, which alone are loaded"
-        )
-    for name in ("keep", "window", "kernel", "chunk", "band", "segment"):
-        tokens = getattr(method, name)
-        if tokens is not None and tokens < 1:
-            raise UserError(f"{name} is {tokens}, expected at least 1 token")
-    if method.first_tokens < 0:
-        raise UserError(f"first_tokens is {method.first_tokens}, expected at least 0")
-    if method.share is not None and not (0 < method.share <= 1 and method.normalisation != "none"):
-        raise UserError(
-            f"share is {method.share}, expected more than 0 and at most 1, and a rule whose scores are probabilities"
-        )
-    if method.head_weights is not None and len(method.head_weights) != config.heads:
-        raise UserError(f"{len(method.head_weights)} head weights were given; the model has {config.heads} query heads")
-    if method.order == "best_last" and method.positions == "original":
-        raise UserError("original positions need order 'text'")
-
-
-def _budgets(prompt: Prompt, method: GemFilter) -> list[int]:
-    """Tokens that each round of a prompt beyond reach leaves, falling."""
+def _budgets(prompt: Prompt, method: "GemFilter") -> list[int]:
+    """Number of tokens left after each round of a prompt beyond reach, in decreasing order."""
     budgets = [max(keep, prompt.prefix_length + prompt.suffix_length) for keep in (*method.rounds, method.keep)]
     return [keep for index, keep in enumerate(budgets) if keep < min([len(prompt), *budgets[:index]])]
 
 
-def _to_read(prompt: Prompt, method: GemFilter, limit: int) -> int:
-    """Tokens that pass through the filter, over all rounds."""
+def _to_read(prompt: Prompt, method: "GemFilter", limit: int) -> int:
+    """Number of tokens that pass through the filter in all rounds."""
     if len(prompt) > limit:
         budgets = _budgets(prompt, method)
         return sum([len(prompt), *budgets[:-1]]) if budgets else 0
@@ -141,9 +98,9 @@ def _to_read(prompt: Prompt, method: GemFilter, limit: int) -> int:
 
 
 def _in_rounds(
-    model: Decoder, prompt: Prompt, method: GemFilter, count: _Counter, first: np.ndarray | None = None
+    model: Decoder, prompt: Prompt, method: "GemFilter", count: _Counter, first: np.ndarray | None = None
 ) -> np.ndarray:
-    """What is kept of a prompt beyond reach; `first` are the scores of its first round, if they are known."""
+    """The kept tokens of a prompt beyond reach; `first` holds the scores of the first round if they are known."""
     rows = np.arange(len(prompt))
     budgets = _budgets(prompt, method)
     for keep in budgets:
@@ -157,18 +114,18 @@ def _in_rounds(
 
 
 def _scores_in_pieces(
-    model: Decoder, prompt: Prompt, rows: np.ndarray, method: GemFilter, count: _Counter
+    model: Decoder, prompt: Prompt, rows: np.ndarray, method: "GemFilter", count: _Counter
 ) -> np.ndarray:
-    """A score for each of some rows of a prompt, read in as many passes as they need; 0 for required ones."""
+    """A score for each of `rows`, read in as many passes as they need; 0 for required tokens."""
     scores = np.zeros(len(rows), np.float32)
-    head, tail = rows[: prompt.prefix_length], rows[len(rows) - prompt.suffix_length :]
+    prefix, suffix = rows[: prompt.prefix_length], rows[len(rows) - prompt.suffix_length :]
     whole = len(rows) <= segments.reach(model.config, method)
     done = prompt.prefix_length
     parts = segments.pieces(model.config, prompt, rows, method)
     longest = max(map(len, parts))
     width = segments.width(prompt.prefix_length + longest + prompt.suffix_length)
     for group in segments.groups(model.config, method, parts, sharding.shape_of(model.mesh).data):
-        ids = [prompt.ids[np.concatenate([head, piece, tail])] for piece in group]
+        ids = [prompt.ids[np.concatenate([prefix, piece, suffix])] for piece in group]
         alike = [prompt] * len(group)
         scored = scoring_pass.scores(model, ids, alike, method, whole=whole, document=longest, width=width)
         for row, piece in zip(scored, group, strict=True):
@@ -179,8 +136,8 @@ def _scores_in_pieces(
     return scores
 
 
-def _best_of_whole(model: Decoder, prompts: Sequence[Prompt], method: GemFilter) -> list[np.ndarray]:
-    """What is kept of prompts within reach, all in one pass."""
+def _best_of_whole(model: Decoder, prompts: Sequence[Prompt], method: "GemFilter") -> list[np.ndarray]:
+    """The kept tokens of prompts within reach, scored in one pass."""
     ids = [prompt.ids for prompt in prompts]
     document = max(len(prompt) - prompt.prefix_length - prompt.suffix_length for prompt in prompts)
     scores = scoring_pass.scores(
@@ -193,14 +150,14 @@ def _chosen(
     scores: list[np.ndarray],
     prompts: Sequence[Prompt],
     candidates: list[np.ndarray],
-    method: GemFilter,
+    method: "GemFilter",
     *,
     keep: int | None = None,
 ) -> list[np.ndarray]:
-    """The kept ones of each prompt's candidates, which have a score each.
+    """The kept tokens among each prompt's candidates; `scores` has a score for each candidate.
 
     Args:
-      keep: so many, increasing, for a further round; None for as many and in such order as the method says.
+      keep: number of tokens to keep for a further round, in prompt order; None for the method's budget and order.
     """
     width = bucket(max(map(len, candidates)))
     padded = np.zeros((len(prompts), width), np.float32)
@@ -220,7 +177,7 @@ def _chosen(
         least=jnp.int32(method.least),
         required=always,
         pooling=method.pooling,
-        kernel=method.kernel,
+        pool_size=method.pool_size,
         chunks=chunks if method.chunk > 1 else None,
     )
     indices, counts, ranked = jax.device_get((kept.indices, kept.lengths, kept.ranked))
@@ -233,9 +190,9 @@ def _chosen(
 
 
 def _best_last(prompt: Prompt, rows: np.ndarray, ranked: np.ndarray) -> np.ndarray:
-    """Increasing rows of a prompt with the document's passages, runs of neighbours, by their highest rank."""
-    head, tail = np.searchsorted(rows, [prompt.prefix_length, len(prompt) - prompt.suffix_length])
-    cuts = head + 1 + np.flatnonzero(np.diff(rows[head:tail]) > 1)
-    passages = [passage for passage in np.split(np.arange(head, tail), cuts - head) if len(passage)]
+    """Sort the document's passages (runs of adjacent rows) by their highest `ranked` value, the best passage last."""
+    start, stop = np.searchsorted(rows, [prompt.prefix_length, len(prompt) - prompt.suffix_length])
+    cuts = 1 + np.flatnonzero(np.diff(rows[start:stop]) > 1)
+    passages = [passage for passage in np.split(np.arange(start, stop), cuts) if len(passage)]
     passages.sort(key=lambda passage: ranked[passage].max())
-    return rows[np.concatenate([np.arange(head), *passages, np.arange(tail, len(rows))])]
+    return rows[np.concatenate([np.arange(start), *passages, np.arange(stop, len(rows))])]

@@ -1,26 +1,62 @@
-"""What to keep of a prompt, as frozen hashable policies."""
+"""GemFilter: its settings, what they may be, and how its steps are called."""
 
 import dataclasses
-from typing import Literal
+import functools
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar
 
-from gemfilter_jax.methods.gemfilter.selection import Pooling
-from gemfilter_jax.ops.key_scores import Normalisation
+from gemfilter_jax import settings
+from gemfilter_jax.errors import UserError
+from gemfilter_jax.methods.base import Method, Progress
+from gemfilter_jax.ops import Normalisation
+from gemfilter_jax.settings import option
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from gemfilter_jax.config import ModelConfig
+    from gemfilter_jax.methods.gemfilter.documents import DocumentReader
+    from gemfilter_jax.methods.presets import Preset
+    from gemfilter_jax.models.transformer import Decoder
+    from gemfilter_jax.text.prompt import Prompt
+    from gemfilter_jax.timing import Stopwatch
 
 FilterAttention = Literal["auto", "dense", "tri_shape"]
 FilterPrecision = Literal["float", "int8"]
 Order = Literal["text", "best_last"]
+Pooling = Literal["none", "mean", "max"]
+
+_FORMER_NAMES = {"window": "observation_window", "kernel": "pool_size"}
+
+_Class = TypeVar("_Class", bound=type)
 
 
+def _with_former_names(owner: _Class) -> _Class:
+    """Let a dataclass's constructor, and `dataclasses.replace`, take fields by the names that they once had."""
+    init = owner.__init__
+
+    @functools.wraps(init)
+    def renaming(self: Any, *args: Any, **fields: Any) -> None:
+        init(self, *args, **_renamed(fields))
+
+    owner.__init__ = renaming
+    return owner
+
+
+def _renamed(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields under their present names; of a field given under both the former name counts, see `replace`."""
+    former = {name: fields[old] for old, name in _FORMER_NAMES.items() if old in fields}
+    return {name: value for name, value in fields.items() if name not in _FORMER_NAMES} | former
+
+
+@_with_former_names
 @dataclasses.dataclass(frozen=True)
-class Full:
-    """Keep everything: full attention, the baseline."""
-
-
-@dataclasses.dataclass(frozen=True)
-class GemFilter:
+class GemFilter(Method):
     """Keep the tokens that one early layer attends to from the end of the prompt (arXiv 2409.17422).
 
-    The defaults are this project's default rule; `GemFilter.paper` is the published one.
+    The defaults are this project's default rule; `GemFilter.paper` is the published one. `observation_window` and
+    `pool_size` were called `window` and `kernel`; those names still serve.
 
     Attributes:
       filter_layer: r, 0-based: layers 0..r-1 run, layer r's keys and queries score.
@@ -28,13 +64,14 @@ class GemFilter:
       share: keep no more chunks than hold this share of the document's score, rounded up to a bucket, instead of K
         tokens in any case; None for K.
       least: tokens kept at least where `share` decides.
-      window: W, observation rows at the end of the prompt, none of them before the question.
-      normalisation: see `scoring.score_keys`; prompts cut into segments are scored with "sink" in place of "softmax".
+      observation_window: W, observation rows at the end of the prompt, none of them before the question.
+      normalisation: see `key_scores.score_keys`; prompts cut into segments are scored with "sink" in place of
+        "softmax".
       head_weights: one weight for each query head, or None for all heads alike.
-      pooling, kernel: neighbours pooled before ranking.
+      pooling, pool_size: neighbours pooled before ranking.
       chunk: P, at most so many tokens are ranked and kept together.
       sentences: chunks are whole sentences, of which those beyond P tokens are cut evenly; else P tokens each.
-      keep_required: always keep the template's head, the question and the assistant header.
+      keep_required: always keep the template, the question and the assistant header.
       filter_attention: of the layers before r: "dense" as published, "tri_shape" (each row sees `first_tokens`, a
         `band` of keys before it, and the last rows see everything), which is linear in S, or "auto", tri_shape for
         prompts of more than twice the band.
@@ -49,37 +86,47 @@ class GemFilter:
       positions: rotary positions of the kept tokens in stage 2: "compact" (0..K-1, as published) or "original".
     """
 
-    filter_layer: int
-    keep: int = 1024
-    share: float | None = None
-    least: int = 256
-    window: int = 32
-    normalisation: Normalisation = "softmax"
-    head_weights: tuple[float, ...] | None = None
-    pooling: Pooling = "max"
-    kernel: int = 9
-    chunk: int = 64
-    sentences: bool = True
-    keep_required: bool = True
-    filter_attention: FilterAttention = "auto"
-    band: int = 512
-    first_tokens: int = 64
-    filter_precision: FilterPrecision = "float"
-    segment: int | None = None
-    rounds: tuple[int, ...] = ()
-    order: Order = "best_last"
-    positions: Literal["compact", "original"] = "compact"
+    variants: ClassVar[tuple[str, ...]] = ("default", "paper", "uncalibrated")
+
+    filter_layer: int = option(help="Layer whose attention picks the tokens, counted from 0.", at_least=0)
+    keep: int = option(1024, "Tokens to keep.", at_least=1)
+    share: float | None = option(None, "Share of the score that the kept chunks hold.", above=0, at_most=1)
+    least: int = option(256, "Tokens to keep at least where the share decides.", at_least=1)
+    observation_window: int = option(32, "Last tokens of the question whose attention is counted.", at_least=1)
+    normalisation: Normalisation = option("softmax", "Normalisation of the attention that is counted.")
+    head_weights: tuple[float, ...] | None = option(None, "Weight of each query head.", at_least=0)
+    pooling: Pooling = option("max", "Pooling of the scores of neighbours.")
+    pool_size: int = option(9, "Neighbours that are pooled.", at_least=1)
+    chunk: int = option(64, "Tokens that are kept together, at most.", at_least=1)
+    sentences: bool = option(True, "Keep whole sentences together.")
+    keep_required: bool = option(True, "Always keep the template and the question.", stored=False)
+    filter_attention: FilterAttention = option(
+        "auto",
+        "Attention of the layers below the filter layer: tri_shape costs time linear in the prompt; auto takes it for "
+        "long prompts.",
+    )
+    band: int = option(512, "Preceding tokens that each token attends to under tri_shape.", at_least=1)
+    first_tokens: int = option(64, "First tokens that each token attends to under tri_shape.", at_least=0)
+    filter_precision: FilterPrecision = option(
+        "float", "Precision of matrix products below the filter layer; float is the model's own."
+    )
+    segment: int | None = option(None, "Tokens of a segment of a long prompt.", at_least=1)
+    rounds: tuple[int, ...] = option((), "Tokens left after each pass but the last.", at_least=1)
+    order: Order = option(
+        "best_last", "Order of the kept passages in the answering prompt: as in the text, or the best one last."
+    )
+    positions: Literal["compact", "original"] = option("compact", "Positions of the kept tokens.", stored=False)
 
     @classmethod
-    def paper(cls, filter_layer: int, keep: int = 1024) -> "GemFilter":
+    def paper(cls, filter_layer: int, keep: int = 1024) -> Self:
         """The published rule: one row, raw inner products over all heads, mean of 5 neighbours, single tokens."""
         return cls(
             filter_layer=filter_layer,
             keep=keep,
-            window=1,
+            observation_window=1,
             normalisation="none",
             pooling="mean",
-            kernel=5,
+            pool_size=5,
             chunk=1,
             sentences=False,
             keep_required=False,
@@ -87,5 +134,118 @@ class GemFilter:
             order="text",
         )
 
+    @classmethod
+    def of(cls, variant: str, preset: "Preset", **given: Any) -> Self:
+        """See `Preset.method`."""
+        own = cls._own(given)
+        method = preset.method(variant, own.pop("keep", None), own.pop("filter_layer", None))
+        return cls(**dataclasses.asdict(method) | own)
 
-Method = Full | GemFilter
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any], config: "ModelConfig", source: str) -> Self:
+        """See `Method.from_fields`."""
+        fields = _renamed(fields)
+        if "filter_layer" not in fields:
+            raise UserError(f"{source}: field 'filter_layer' is missing")
+        method = cls(**settings.from_json(cls, fields, source))
+        if method.filter_layer >= config.layers:
+            raise UserError(
+                f"{source}: field 'filter_layer' is {method.filter_layer}; the model has layers 0 to "
+                f"{config.layers - 1}"
+            )
+        weights = method.head_weights
+        if weights is not None and (len(weights) != config.heads or not any(weights)):
+            raise UserError(
+                f"{source}: field 'head_weights' must be a number for each of {config.heads} query heads, not all 0"
+            )
+        return method
+
+    def check(self, model: "Decoder") -> None:
+        """See `Method.check`."""
+        config = model.config
+        if isinstance(self.filter_layer, int) and not 0 <= self.filter_layer < config.layers:
+            raise UserError(
+                f"filter layer {self.filter_layer} is out of range; the model has layers 0 to {config.layers - 1}"
+            )
+        settings.check(self)
+        if self.filter_layer >= model.held_layers:
+            raise UserError(
+                f"filter layer {self.filter_layer} is beyond the first {model.held_layers} layers, which alone are "
+                "loaded"
+            )
+        if self.share is not None and self.normalisation == "none":
+            raise UserError(f"share is {self.share}, which needs a normalisation other than 'none'")
+        if self.head_weights is not None and len(self.head_weights) != config.heads:
+            raise UserError(
+                f"{len(self.head_weights)} head weights were given; the model has {config.heads} query heads"
+            )
+        if self.order == "best_last" and self.positions == "original":
+            raise UserError("original positions need order 'text'")
+
+    def check_prompt(self, model: "Decoder", prompt: "Prompt") -> None:
+        """Raise a `UserError` if the method cannot serve this model and prompt."""
+        from gemfilter_jax.methods.gemfilter import segments
+
+        self.check(model)
+        required = prompt.prefix_length + prompt.suffix_length
+        for keep in (*self.rounds, self.keep):
+            if self.keep_required and keep < min(required, len(prompt)):
+                raise UserError(
+                    f"keep is {keep}, but the template and the question alone are {required} tokens; keep more than "
+                    "that"
+                )
+        segments.check_room(model.config, prompt, self)
+        if len(prompt) > model.config.context and self.positions == "original":
+            raise UserError(
+                f"original positions need a prompt within the model's context of {model.config.context} tokens, "
+                f"this one has {len(prompt)}"
+            )
+
+    @property
+    def budget(self) -> int:
+        """K."""
+        return self.keep
+
+    @property
+    def observation_rows(self) -> int:
+        """W."""
+        return self.observation_window
+
+    @property
+    def keeps_positions(self) -> bool:
+        """See `positions`."""
+        return self.positions == "original"
+
+    @property
+    def window(self) -> int:
+        """The former name of `observation_window`."""
+        return self.observation_window
+
+    @property
+    def kernel(self) -> int:
+        """The former name of `pool_size`."""
+        return self.pool_size
+
+    def select(
+        self,
+        model: "Decoder",
+        prompts: "Sequence[Prompt]",
+        *,
+        watch: "Stopwatch",
+        progress: Progress | None = None,
+    ) -> "list[np.ndarray]":
+        """Stage 1; see `filtering.keep_tokens`."""
+        from gemfilter_jax.methods.gemfilter import filtering
+
+        with watch.stage("filter"):
+            return filtering.keep_tokens(model, prompts, self, progress=progress)
+
+    def reader(self, model: "Decoder", cache: pathlib.Path | None) -> "DocumentReader":
+        """Reads the document once."""
+        from gemfilter_jax.methods.gemfilter.documents import DocumentReader
+
+        return DocumentReader(self, model, cache)
+
+    def work(self, config: "ModelConfig") -> str:
+        """The layers up to r."""
+        return f"layers 0 to {self.filter_layer} of {config.layers} picked"

@@ -1,17 +1,15 @@
-"""From scores to the kept tokens: pooling, chunks, required tokens, top-k in prompt order."""
+"""From scores to kept tokens: pooling, chunks, required tokens, top-k in prompt order."""
 
 import dataclasses
 import functools
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from gemfilter_jax.buckets import buckets_to
+from gemfilter_jax.methods.gemfilter.method import Pooling
 
-Pooling = Literal["none", "mean", "max"]
-
-_BEST_OF_CHUNK = 4  # a chunk scores the mean of this many of its best tokens
+_BEST_OF_CHUNK = 4  # a chunk's score is the mean of this many of its best tokens
 
 
 @jax.tree_util.register_dataclass
@@ -21,8 +19,8 @@ class Selection:
 
     Attributes:
       indices: int32 [B, K], strictly increasing over the first `lengths` entries; the rest hold S.
-      lengths: int32 [B], how many are kept.
-      ranked: float32 [B, K], by which each was chosen, see `rank`; -inf past `lengths`.
+      lengths: int32 [B], number of kept tokens.
+      ranked: float32 [B, K], the value of `rank` for each kept token; -inf past `lengths`.
     """
 
     indices: jax.Array
@@ -30,32 +28,34 @@ class Selection:
     ranked: jax.Array
 
 
-def pool(scores: jax.Array, kind: Pooling, kernel: int) -> jax.Array:
-    """Pool scores [B, S] over `kernel` neighbours, stride 1, same length.
+def pool(scores: jax.Array, kind: Pooling, pool_size: int) -> jax.Array:
+    """Pool scores [B, S] over `pool_size` neighbours, stride 1, same length.
 
     "mean" counts the zeros beyond both ends, as the reference implementation of GemFilter does.
     """
-    if kind == "none" or kernel == 1:
+    if kind == "none" or pool_size == 1:
         return scores
     initial, combine = (0.0, jax.lax.add) if kind == "mean" else (-jnp.inf, jax.lax.max)
-    left = kernel // 2
-    pooled = jax.lax.reduce_window(scores, initial, combine, (1, kernel), (1, 1), ((0, 0), (left, kernel - 1 - left)))
-    return pooled / kernel if kind == "mean" else pooled
+    left = pool_size // 2
+    pooled = jax.lax.reduce_window(
+        scores, initial, combine, (1, pool_size), (1, 1), ((0, 0), (left, pool_size - 1 - left))
+    )
+    return pooled / pool_size if kind == "mean" else pooled
 
 
 def chunk_scores(scores: jax.Array, counted: jax.Array, chunks: jax.Array) -> jax.Array:
     """Give each token the score of its chunk: the mean of the chunk's best tokens.
 
     Args:
-      scores: float32 [B, S]. counted: bool [B, S], tokens that take part.
-      chunks: int [B, S], the number of each token's chunk, never falling along a row.
+      scores: float32 [B, S]. counted: bool [B, S], tokens that count.
+      chunks: int [B, S], chunk index of each token, non-decreasing along a row.
 
     Returns:
-      float32 [B, S]; -inf where no token of the chunk takes part.
+      float32 [B, S]; -inf if no token of the chunk counts.
     """
     length = scores.shape[1]
     columns = jnp.arange(length)
-    # Sorting by chunk, then score, moves tokens within their chunk only, so that column i stays in token i's chunk.
+    # Sorting by chunk, then score, moves tokens only within their chunk, so that column i stays in token i's chunk.
     _, falling = jax.lax.sort((chunks, jnp.where(counted, -scores, jnp.inf)), num_keys=2)
     begins = jnp.concatenate([jnp.ones_like(counted[:, :1]), chunks[:, 1:] != chunks[:, :-1]], axis=1)
     rank = columns - jax.lax.cummax(jnp.where(begins, columns, 0), axis=1)
@@ -76,14 +76,14 @@ def rank(
     *,
     required: jax.Array | None = None,
     pooling: Pooling = "none",
-    kernel: int = 1,
+    pool_size: int = 1,
     chunks: jax.Array | None = None,
 ) -> jax.Array:
-    """float32 [B, S] by which tokens are chosen: inf for required ones, -inf for padding, else finite; see `select`."""
+    """float32 [B, S], by which `select` chooses tokens: inf for required tokens, -inf for padding, else finite."""
     real = jnp.arange(scores.shape[1]) < lengths[:, None]
     free = real if required is None else real & ~required
     neutral = 0.0 if pooling == "mean" else -jnp.inf
-    ranked = pool(jnp.where(free, scores, neutral), pooling, kernel)
+    ranked = pool(jnp.where(free, scores, neutral), pooling, pool_size)
     if chunks is not None:
         ranked = chunk_scores(ranked, free, chunks)
     limits = jnp.finfo(jnp.float32)
@@ -93,10 +93,10 @@ def rank(
 
 
 def holding(scores: jax.Array, ranked: jax.Array, share: jax.typing.ArrayLike) -> jax.Array:
-    """How many of the best tokens, int32 [B], hold `share` of the score of all tokens that are free to be chosen.
+    """int32 [B], number of required tokens plus the best others that hold `share` of the others' total score.
 
     Args:
-      scores: float32 [B, S], none negative. ranked: [B, S], what `rank` makes of them. Required tokens count as kept.
+      scores: float32 [B, S], none negative. ranked: [B, S], the result of `rank` for these scores.
     """
     required, free = jnp.isposinf(ranked), jnp.isfinite(ranked)
     order = jnp.argsort(jnp.where(free, -ranked, jnp.inf), axis=1, stable=True)
@@ -114,29 +114,30 @@ def select(
     capacity: int,
     required: jax.Array | None = None,
     pooling: Pooling = "none",
-    kernel: int = 1,
+    pool_size: int = 1,
     chunks: jax.Array | None = None,
     share: jax.typing.ArrayLike | None = None,
     least: jax.typing.ArrayLike = 0,
 ) -> Selection:
     """Keep the best tokens of each row.
 
-    Exactly min(keep, length) tokens are kept, without duplicates, in prompt order; padding never, required tokens
-    always (the caller sees to it that they are no more than `keep`), ties go to the earlier token. Scores of required
-    tokens reach neither their neighbours' pools nor their chunks: they are kept anyway and would only crowd.
+    Exactly min(keep, length) tokens are kept, without duplicates, in prompt order. Ties go to the earlier token.
+    Padding is never kept. Required tokens are always kept; the caller ensures that there are at most `keep`. Their
+    scores do not enter their neighbours' pools or their chunks, where they would only displace other tokens.
 
     Args:
       scores: float32 [B, S]. lengths: int [B].
-      keep: K or fewer, a number or one for each row, may be traced. capacity: K, the width of the result.
-      required: bool [B, S]. pooling, kernel: see `pool`.
-      chunks: int [B, S], see `chunk_scores`; whole chunks are ranked and only the last one kept may be cut. None ranks
-        tokens.
-      share: keep no more than hold this share of the free tokens' score, rounded up to a bucket; None for `keep`.
-      least: tokens that are kept whatever `share` says.
+      keep: at most K, one number or one for each row, may be traced. capacity: K, the width of the result.
+      required: bool [B, S]. pooling, pool_size: see `pool`.
+      chunks: int [B, S], see `chunk_scores`; whole chunks are ranked, and only the last kept chunk may be cut. None to
+        rank single tokens.
+      share: keep only the tokens that hold this share of the score (see `holding`), rounded up to a bucket and at most
+        `keep`; None for `keep` tokens.
+      least: minimum number of tokens to keep under `share`.
     """
     with jax.named_scope("selection"):
         length = scores.shape[1]
-        ranked = rank(scores, lengths, required=required, pooling=pooling, kernel=kernel, chunks=chunks)
+        ranked = rank(scores, lengths, required=required, pooling=pooling, pool_size=pool_size, chunks=chunks)
         width = min(capacity, length)
         if share is not None:
             sizes = jnp.asarray(buckets_to(capacity), jnp.int32)
@@ -150,13 +151,13 @@ def select(
 
 
 def best_in_order(ranked: jax.Array, kept: jax.Array, width: int) -> jax.Array:
-    """Increasing indices of the best tokens of each row, ties to the earlier.
+    """Increasing indices of the best tokens of each row; ties go to the earlier token.
 
-    Accelerators sort all S for a top k in the thousands, so that they search for the value of the last one instead; a
-    CPU has its top 1,024 of 131,072 in 1.4 ms, and by searching in 5.
+    For a k in the thousands, top-k on accelerators sorts all S values, so they search for the value of the last kept
+    token instead. A CPU takes 1.4 ms for the top 1,024 of 131,072 by top-k, and 5 ms by search.
 
     Args:
-      ranked: float32 [B, S], without NaN and -0.0. kept: int32 [B], how many of each row, at most `width`.
+      ranked: float32 [B, S], without NaN and -0.0. kept: int32 [B], tokens to keep in each row, at most `width`.
 
     Returns:
       int32 [B, width]; S past a row's `kept`.
@@ -167,20 +168,20 @@ def best_in_order(ranked: jax.Array, kept: jax.Array, width: int) -> jax.Array:
 
 
 def best_by_sorting(ranked: jax.Array, kept: jax.Array, width: int) -> jax.Array:
-    """`best_in_order`, as XLA's top k orders them and a sort puts them back."""
+    """`best_in_order` by XLA's top-k, followed by a sort of the indices."""
     _, best = jax.lax.top_k(ranked, width)
     return jnp.sort(jnp.where(jnp.arange(width) < kept[:, None], best, ranked.shape[1]), axis=1).astype(jnp.int32)
 
 
 def best_by_bisection(ranked: jax.Array, kept: jax.Array, width: int) -> jax.Array:
-    """`best_in_order`, by halving the float32 bits between which the last kept value lies until they meet."""
+    """`best_in_order` by bisection over float32 bit patterns for the value of the last kept token."""
     bits = jax.lax.bitcast_convert_type(ranked, jnp.int32)
     ordered = jnp.where(bits < 0, bits ^ jnp.iinfo(jnp.int32).max, bits)
     wanted = kept[:, None]
 
     def halve(_, bounds):
         low, high = bounds
-        middle = (low | high) - ((low ^ high) >> 1)  # the upper of two, without overflow
+        middle = (low | high) - ((low ^ high) >> 1)  # the midpoint, rounded up without overflow
         enough = (ordered >= middle).sum(axis=1, keepdims=True) >= wanted
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle - 1)
 

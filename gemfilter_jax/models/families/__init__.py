@@ -23,6 +23,11 @@ _MODEL_WEIGHTS = {
 _IGNORED_SUFFIX = ".rotary_emb.inv_freq"
 
 
+def by_gguf_architecture() -> dict[str, Family]:
+    """The family of each `general.architecture` of GGUF files."""
+    return {family.gguf_architecture: family for family in FAMILIES.values() if family.gguf_architecture}
+
+
 def tensors(config: ModelConfig) -> dict[str, tuple[int | None, tuple[str, ...]]]:
     """Every tensor that a checkpoint of this family and size may hold, under its Hugging Face name.
 

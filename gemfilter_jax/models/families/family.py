@@ -1,4 +1,4 @@
-"""What a model family is: how its configs are read and under which names its checkpoints hold the weights."""
+"""A model family: how to read its configs, and the names of the weights in its checkpoints."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -16,12 +16,14 @@ class Family:
       config_from_hf: translates a parsed config.json; its second argument names the file in error messages. Raises a
         `UserError` for a field that is missing, wrong or unknown.
       layer_weights: Hugging Face name of a layer's tensor -> the parameters of the decoder's layer that its rows fill,
-        in order. Parameters that a config has no use for, such as biases, are skipped.
+        in order. Parameters that a config does not use, such as biases, are skipped.
       gguf_architecture: `general.architecture` of the GGUF files that are read as this family. None if there are no
-        such files, or if they are stored as another family's.
-      gguf_implies: `ModelConfig` fields that the architecture decides and no metadata says.
-      gguf_interleaved_rotary: GGUF files hold each head's query and key rows with the rotated pairs side by side,
-        (0, E/2, 1, E/2 + 1, ...), not in halves. A tensor then holds queries or keys and nothing else.
+        such files, or if they use another family's architecture.
+      gguf_implies: `ModelConfig` fields that the architecture fixes and the metadata does not contain.
+      gguf_interleaved_rotary: whether GGUF files store each head's query and key rows with the rotated pairs side by
+        side, (0, E/2, 1, E/2 + 1, ...), not in halves. No tensor then mixes queries or keys with anything else.
+      gguf_keeps_space: in sentencepiece tokenizers of its GGUF files, special tokens absorb the white space after
+        them, except these. None if no token absorbs it.
     """
 
     model_types: tuple[str, ...]
@@ -30,3 +32,4 @@ class Family:
     gguf_architecture: str | None = None
     gguf_implies: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     gguf_interleaved_rotary: bool = False
+    gguf_keeps_space: frozenset[str] | None = None

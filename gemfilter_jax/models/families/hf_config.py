@@ -1,4 +1,4 @@
-"""What the config.json of every family has in common, translated to a ModelConfig."""
+"""Translation of the config.json fields that all families share to a ModelConfig."""
 
 import math
 from collections.abc import Mapping
@@ -81,9 +81,9 @@ def model_config(fields: Mapping[str, Any], source: str, *, also_read: set[str],
 
 
 def rope_fields(fields: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Everything about rotary embedding in one mapping, as `rope_parameters` has it since transformers 5.
+    """All rotary embedding fields in one mapping, the form of `rope_parameters` since transformers 5.
 
-    Before, `rope_theta` and `partial_rotary_factor` stood at the top level and the rest in `rope_scaling`.
+    Older configs have `rope_theta` and `partial_rotary_factor` at the top level and the rest in `rope_scaling`.
     """
     for name in ("rope_parameters", "rope_scaling"):
         if not isinstance(fields.get(name) or {}, Mapping):
@@ -100,7 +100,7 @@ def _rotary_width(rope: Mapping[str, Any], head_width: int, source: str) -> int 
     return None if share == 1.0 else int(head_width * share)
 
 
-# What each type of rotary scaling reads, besides what all types have.
+# The fields that each type of rotary scaling reads, besides those of all types.
 _ROPE_FIELDS = {
     "default": set(),
     "linear": {"factor"},
@@ -154,22 +154,22 @@ def _rope_scaling(rope: Mapping[str, Any], context: int, source: str) -> RopeSca
 
 
 def longrope_attention_scaling(factor: float, original_context: int) -> float:
-    """What cosines and sines are multiplied by when the context grows by `factor` (LongRoPE)."""
+    """The multiplier of cosines and sines when the context grows by `factor` (LongRoPE)."""
     if original_context < 2:
         raise UserError(f"model config: LongRoPE extends a context of {original_context}, expected at least 2")
     return math.sqrt(1 + math.log(factor) / math.log(original_context)) if factor > 1 else 1.0
 
 
 def yarn_attention_scaling(factor: float) -> float:
-    """What cosines and sines are multiplied by when the context grows by `factor` (YaRN)."""
+    """The multiplier of cosines and sines when the context grows by `factor` (YaRN)."""
     return 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
 
 
 def sliding_windows(fields: Mapping[str, Any], source: str, *, slides: list[bool]) -> tuple[int | None, ...] | None:
-    """`sliding_window` for the layers that slide, of which `layer_types`, if present, has the last word.
+    """Each layer's sliding window, None for a layer without one; None for the whole tuple if no layer slides.
 
     Args:
-      slides: for each layer, whether it slides where the config has no `layer_types`.
+      slides: for each layer, whether it slides; `layer_types` in the config overrides this.
     """
     types = fields.get("layer_types")
     if types is not None:

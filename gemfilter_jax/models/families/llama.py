@@ -8,7 +8,7 @@ from gemfilter_jax.errors import UserError
 from gemfilter_jax.models.families import hf_config
 from gemfilter_jax.models.families.family import Family
 
-# pretraining_tp only splits the same products.
+# pretraining_tp only splits matrix products; their results are the same.
 _FIELDS = {"attention_bias", "mlp_bias", "pretraining_tp", "is_llama_config", "rope_interleaved"}
 
 
@@ -27,7 +27,7 @@ def config_from_hf(fields: Mapping[str, Any], source: str) -> ModelConfig:
     )
 
 
-# A Hugging Face tensor name of one layer and the parameters of the decoder's layer that its rows fill, in order.
+# Hugging Face name of a layer's tensor -> the parameters of the decoder's layer that its rows fill, in order.
 LAYER_WEIGHTS = {
     "input_layernorm.weight": ("attention_norm.scale",),
     "self_attn.q_proj.weight": ("query.kernel",),

@@ -7,7 +7,7 @@ from gemfilter_jax.config import ModelConfig, take_layers
 from gemfilter_jax.models.families import hf_config, llama
 from gemfilter_jax.models.families.family import Family
 
-# What an absent field means here, where it means something else in other families.
+# Defaults of absent fields where they differ from other families.
 _ABSENT = {"sliding_window": 4096, "num_key_value_heads": 8}
 
 
@@ -15,7 +15,7 @@ def config_from_hf(fields: Mapping[str, Any], source: str) -> ModelConfig:
     """Translate the parsed config.json of a `MistralForCausalLM` or `MinistralForCausalLM`."""
     fields = _ABSENT | dict(fields)
     if fields["model_type"] == "mistral":
-        fields.pop("layer_types", None)  # of no effect in Hugging Face's Mistral
+        fields.pop("layer_types", None)  # Hugging Face's Mistral ignores it
     slides = [True] * take_layers(fields, "num_hidden_layers", source)
     return hf_config.model_config(
         fields,
@@ -25,7 +25,7 @@ def config_from_hf(fields: Mapping[str, Any], source: str) -> ModelConfig:
     )
 
 
-# In GGUF files, Mistral's models are stored as Llama's.
+# GGUF files store Mistral models under the Llama architecture.
 FAMILY = Family(
     model_types=("mistral", "ministral"),
     config_from_hf=config_from_hf,

@@ -1,4 +1,4 @@
-"""The Phi family (Phi-3, 3.5 and 4 mini): fused weights, LongRoPE, heads rotated in part."""
+"""The Phi family (Phi-3, 3.5 and 4 mini): fused weights, LongRoPE, partial rotary embedding."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from gemfilter_jax.models.families import hf_config, llama
 from gemfilter_jax.models.families.family import Family
 
 _HARMLESS = {"embd_pdrop", "resid_pdrop"}
-# Fields of Phi-4-mini's config for other models of its code; only these values leave the numbers alone.
+# Fields in Phi-4-mini's config that only other models of its code use; other values would change results.
 _ONLY = {
     "attention_bias": False,
     "mlp_bias": False,
@@ -44,4 +44,5 @@ FAMILY = Family(
     config_from_hf=config_from_hf,
     layer_weights=_LAYER_WEIGHTS,
     gguf_architecture="phi3",
+    gguf_keeps_space=frozenset({"<unk>", "<s>", "<|endoftext|>"}),
 )

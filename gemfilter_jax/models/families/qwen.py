@@ -33,7 +33,7 @@ def _config(fields: Mapping[str, Any], source: str, **of_family: Any) -> ModelCo
 
 
 def _windows(fields: Mapping[str, Any], source: str) -> tuple[int | None, ...] | None:
-    """Layers from `max_window_layers` on slide, if any do."""
+    """Each layer's sliding window: layers from `max_window_layers` on slide if `use_sliding_window` is true."""
     if not take_flag(fields, "use_sliding_window", source):
         return None
     first = take(fields, "max_window_layers", source, 28)

@@ -5,14 +5,14 @@ import importlib
 import jax
 
 from gemfilter_jax.ops.attention.visibility import TriShape
-from gemfilter_jax.ops.attention.xla import one_row, rows, to_cache
+from gemfilter_jax.ops.attention.xla import rows, to_cache
 from gemfilter_jax.ops.dispatch import Dispatcher
 from gemfilter_jax.parallel import collectives
 
-__all__ = ["IMPLEMENTATIONS", "TriShape", "causal", "check_runs_here", "one_row", "rows", "to_cache"]
+__all__ = ["IMPLEMENTATIONS", "TriShape", "causal", "check_runs_here", "rows", "to_cache"]
 
 IMPLEMENTATIONS = {"xla": None, "splash": "tpu", "cudnn": "gpu"}
-"""Implementation, a module of this package -> the only platform that runs it, None for all."""
+"""Implementation (a module of this package) -> the only platform that runs it; None for all platforms."""
 
 _DISPATCHER = Dispatcher("attention", IMPLEMENTATIONS, {"tpu": ("splash", "xla"), "gpu": ("cudnn", "xla")})
 
@@ -38,20 +38,19 @@ def causal(
 
     Args:
       q: [B, S, H, E]. k, v: [B, S, G, E]. lengths: [B].
-      window: the sliding window, how many positions a query sees, its own included; may be traced. None for all before
-        it.
-      pattern: None for dense attention; a tri_shape sees nothing beyond `window` either.
-      positions: int [B, S], increasing along a row, by whose distance `window` masks; None for 0 to S - 1.
-      scale: of the inner products; None for E**-0.5.
-      soft_cap: logits become soft_cap * tanh(logits / soft_cap) before they are masked; None leaves them as they are.
-      implementation: one of `IMPLEMENTATIONS`; None for the first of the platform's that serves. Inside a program that
-        shards prompts over a mesh's seq axis XLA's serves, whatever the platform.
+      window: the sliding window: how many positions a query sees, its own included; may be traced. None for no window.
+      pattern: None for dense attention; `window` also limits a tri_shape.
+      positions: int [B, S], increasing along a row; `window` counts these positions. None for 0 to S - 1.
+      scale: factor of the inner products; None for E**-0.5.
+      soft_cap: logits become soft_cap * tanh(logits / soft_cap) before they are masked; None for no cap.
+      implementation: one of `IMPLEMENTATIONS`; None for the platform's first that supports the call. A program that
+        shards prompts over a mesh's seq axis always uses XLA's.
 
     Returns:
       [B, S, H, E] in q's dtype; rows of padding are unspecified but finite.
 
     Raises:
-      UserError: the named implementation does not serve, or none does, with the reason of each.
+      UserError: the named implementation, or every one, does not support the call; the message gives each reason.
     """
     sharded = collectives.axis_size("seq") > 1
 

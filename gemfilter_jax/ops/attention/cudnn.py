@@ -22,8 +22,8 @@ def causal(
     """`attention.causal` in one call; zeros for rows of padding.
 
     Raises:
-      NotImplementedError: a tri_shape, a soft cap, a traced window, a window of positions, a dtype, a head width or a
-        device that cuDNN does not take, or no cuDNN.
+      NotImplementedError: the call has a tri_shape, a soft cap, a traced window, or a window together with positions;
+        cuDNN does not support the dtype, head width or device; or cuDNN is missing.
     """
     if pattern is not None:
         raise NotImplementedError(f"gives its log-sum-exp in {q.dtype}, too coarse to merge a tri_shape's parts by")

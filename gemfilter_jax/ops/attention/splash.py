@@ -13,21 +13,21 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from gemfilter_jax.ops.attention import xla
 from gemfilter_jax.ops.attention.visibility import TriShape, refuse_positions, static_window
 
-_LANES = 128  # blocks are multiples of it
+_LANES = 128  # block sizes are multiples of it
 _BLOCK = 512
-_TABLE_BYTES = 800 * 1024  # of scalar memory, which has 1 MiB: enough for dense attention at S = 262,144
+_TABLE_BYTES = 800 * 1024  # of the 1 MiB of scalar memory: enough for dense attention at S = 262,144
 
 
 @dataclasses.dataclass(frozen=True)
 class _Visible:
-    """Which keys a query sees: those of the last `near`, and of the last `far` the `first` of the prompt."""
+    """Which keys a query sees: the last `near` keys, and the prompt's `first` keys among the last `far`."""
 
     near: int
     far: int
     first: int
 
     def __call__(self, query: Any, key: Any) -> Any:
-        """The mask at positions that broadcast, NumPy's or the kernel's."""
+        """The mask at query and key positions that broadcast, NumPy arrays or the kernel's."""
         distance = query - key
         return (distance >= 0) & ((distance < self.near) | ((key < self.first) & (distance < self.far)))
 
@@ -35,7 +35,8 @@ class _Visible:
         """The key blocks that each of `count` query blocks visits.
 
         Returns:
-          int [count, V], those blocks in order, the query's own last and repeated; bool [count, V], false for repeats.
+          int [count, V], the visited blocks in order; the query block's own is the last and is repeated as
+          filler. bool [count, V], false for filler.
         """
         query, key = np.arange(count)[:, None], np.arange(count)
         closest = (query - key - 1) * block + 1
@@ -60,7 +61,7 @@ def causal(
     soft_cap: float | None,
     interpret: bool = False,
 ) -> jax.Array:
-    """`attention.causal` by one kernel, which visits the blocks that hold something visible and masks within them.
+    """`attention.causal` in one kernel, which visits only blocks with a visible key and masks within them.
 
     A tri_shape's first tokens and band share the kernel's softmax; its last rows are computed in XLA.
 
@@ -68,8 +69,8 @@ def causal(
       interpret: run the kernel step by step in XLA, on any platform.
 
     Raises:
-      NotImplementedError: a traced window, a window of positions, an unknown dtype, or too many blocks for scalar
-        memory.
+      NotImplementedError: the window is traced or given together with positions, the dtype is not supported, or there
+        are too many blocks for scalar memory.
     """
     if q.dtype not in (jnp.bfloat16, jnp.float32):
         raise NotImplementedError(f"takes bfloat16 and float32, not {q.dtype}")
@@ -86,7 +87,9 @@ def causal(
         out = rearrange(jax.vmap(kernel)(q_blocks, k_blocks, v_blocks), "b h s e -> b s h e")[:, :length]
     if pattern is None:
         return out
-    return xla.with_tails(out, q, k, v, lengths=lengths, window=window, pattern=pattern, scale=scale, soft_cap=soft_cap)
+    return xla.with_suffixes(
+        out, q, k, v, lengths=lengths, window=window, pattern=pattern, scale=scale, soft_cap=soft_cap
+    )
 
 
 def _kernel(
@@ -94,8 +97,8 @@ def _kernel(
 ) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
     """The kernel of one prompt: q [H, S, E], k, v [G, S, E] -> [H, S, E].
 
-    Built from its list of blocks: `make_splash_mha` finds them by evaluating the mask at all S x S places. Of query
-    blocks that hold only padding, which begin at `longest`, it visits no key block but their own.
+    It is built from an explicit list of blocks, because `make_splash_mha` would evaluate the mask at all S x S
+    positions. Query blocks from `longest` on hold only padding and visit only their own key block.
     """
     blocks, real = visible.blocks(count, block)
     size = blocks.size * (blocks.astype(np.int16).itemsize + real.itemsize)

@@ -1,4 +1,4 @@
-"""What a query sees."""
+"""Which keys a query sees: the tri_shape pattern and sliding windows."""
 
 import dataclasses
 import functools
@@ -8,26 +8,28 @@ import jax.core
 import numpy as np
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["tails"], meta_fields=["first", "band", "room"])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["suffix_lengths"], meta_fields=["first", "band", "room"]
+)
 @dataclasses.dataclass(frozen=True)
 class TriShape:
-    """First tokens, a local band and dense last rows: attention that is linear in S.
+    """Attention to the first tokens and a local band, with dense last rows; linear in S.
 
     Attributes:
-      tails: int [B], rows at the end of each prompt that see all keys before them.
-      first: keys at the start of the prompt that every query after them sees.
-      band: keys right before a query that it sees, its own included.
-      room: no tail has more rows than this.
+      suffix_lengths: int [B], number of rows at the end of each prompt that see all keys before them.
+      first: number of keys at the start of the prompt that every query after them sees.
+      band: number of nearest keys that a query sees, its own included.
+      room: upper bound of `suffix_lengths`.
     """
 
-    tails: jax.Array
+    suffix_lengths: jax.Array
     first: int
     band: int
     room: int
 
 
 def refuse_positions(positions: jax.Array | None, window: jax.typing.ArrayLike | None) -> None:
-    """Refuse what only a mask by positions can serve.
+    """Refuse a sliding window over explicit positions.
 
     Raises:
       NotImplementedError: positions are given together with a window.
@@ -37,7 +39,7 @@ def refuse_positions(positions: jax.Array | None, window: jax.typing.ArrayLike |
 
 
 def static_window(window: jax.typing.ArrayLike | None, length: int) -> int:
-    """How many keys a query sees of a prompt of `length`, as a number that a kernel can be compiled for.
+    """The window as a static int that a kernel can be compiled for, at most the prompt's `length`.
 
     Raises:
       NotImplementedError: the window is traced.

@@ -1,4 +1,4 @@
-"""Attention in plain XLA, blockwise, on every platform: serves whatever is asked for."""
+"""Blockwise attention in plain XLA, on every platform. Only a tri_shape with a window over positions is unsupported."""
 
 import functools
 from collections.abc import Callable
@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from gemfilter_jax.ops.attention.visibility import TriShape, refuse_positions
-from gemfilter_jax.ops.precision import precision_of
 from gemfilter_jax.parallel import collectives, shards
+from gemfilter_jax.precision import precision_of
 
 _BLOCK = 512  # queries and keys per block: the fastest of 64..1024 on two AVX-512 cores at S = 8192, E = 64
-_BAND_BLOCK = 256  # of a tri_shape: what lies outside the band in a block is computed for nothing
-_MASKED = -1e30  # finite, so that a row without any visible key yields numbers instead of NaN
+_BAND_BLOCK = 256  # for a tri_shape: smaller, because keys of a block outside the band are wasted work
+_MASKED = -1e30  # finite, so that a row without any visible key does not yield NaN
 
 
 def causal(
@@ -30,8 +30,7 @@ def causal(
 ) -> jax.Array:
     """`attention.causal` with an online softmax over blocks of keys (Dao et al. 2022).
 
-    Blocks above the diagonal or outside what every row of a block sees, and query blocks that hold only padding, are
-    skipped.
+    It skips key blocks that no row of a query block sees, and query blocks that hold only padding.
 
     Raises:
       NotImplementedError: positions are given together with a window and a tri_shape.
@@ -40,7 +39,7 @@ def causal(
         refuse_positions(positions, window)
         firsts = k[:, : pattern.first], v[:, : pattern.first]
         asked = {"lengths": lengths, "window": window, "pattern": pattern, "scale": scale, "soft_cap": soft_cap}
-        return with_tails(banded(q, k, v, firsts, **asked), q, k, v, **asked)
+        return with_suffixes(banded(q, k, v, firsts, **asked), q, k, v, **asked)
     length = q.shape[1]
     block = min(_BLOCK, length)
     q_blocks, k_blocks, v_blocks = (padded(x, block) for x in (scaled(q, scale), k, v))
@@ -58,12 +57,12 @@ def _capped(logits: jax.Array, soft_cap: float | None) -> jax.Array:
 
 
 def padded(x: jax.Array, block: int) -> jax.Array:
-    """x [B, S, ...] with zeros behind it up to whole blocks."""
+    """x [B, S, ...], zero-padded at the end to whole blocks."""
     missing = -x.shape[1] % block
     return jnp.pad(x, ((0, 0), (0, missing), *((0, 0),) * (x.ndim - 2))) if missing else x
 
 
-def with_tails(
+def with_suffixes(
     out: jax.Array,
     q: jax.Array,
     k: jax.Array,
@@ -75,17 +74,17 @@ def with_tails(
     scale: float,
     soft_cap: float | None,
 ) -> jax.Array:
-    """The result [B, S, H, E] of a tri_shape's first tokens and band, with its last rows computed densely."""
+    """The result [B, S, H, E] of a tri_shape's first tokens and band, with dense attention in the last rows."""
     if pattern.room == 0:
         return out
-    cut = shards.cut(mirrored=False)
+    sequence = shards.sequence_shards(mirrored=False)
     length = q.shape[1]
-    room = min(pattern.room, length * cut.parts)
+    room = min(pattern.room, length * sequence.axis_size)
     positions = lengths[:, None] - room + jnp.arange(room)
-    dense = rows(cut.rows(q, positions), positions, k, v, window=window, scale=scale, soft_cap=soft_cap)
-    local, here = cut.local(length, positions)
-    in_tail = positions >= jnp.maximum(lengths - pattern.tails, 0)[:, None]
-    columns = jnp.where(in_tail & here, local, length)
+    dense = rows(sequence.rows(q, positions), positions, k, v, window=window, scale=scale, soft_cap=soft_cap)
+    local, here = sequence.local(length, positions)
+    in_suffix = positions >= jnp.maximum(lengths - pattern.suffix_lengths, 0)[:, None]
+    columns = jnp.where(in_suffix & here, local, length)
     return out.at[jnp.arange(len(out))[:, None], columns].set(dense, mode="drop")
 
 
@@ -99,11 +98,11 @@ def _dense(
     positions: jax.Array | None,
     soft_cap: float | None,
 ) -> jax.Array:
-    """Attention of scaled queries, of whole blocks; positions lie at least as far apart as their slots."""
+    """Attention of scaled queries in whole blocks; positions must be at least as far apart as their slots."""
     groups, repeats = k.shape[2], q.shape[2] // k.shape[2]
     blocks = rearrange(q, "b (n s) (g r) e -> n b g (r s) e", s=block, g=groups)
     k, v = rearrange(k, "b s g e -> b g s e"), rearrange(v, "b s g e -> b g s e")
-    ahead = jnp.tile(jnp.arange(block)[:, None] - jnp.arange(block), (repeats, 1))  # of a query to a key in one block
+    ahead = jnp.tile(jnp.arange(block)[:, None] - jnp.arange(block), (repeats, 1))  # query minus key, in one block
 
     def between(positions, index, j):
         own, key = (jax.lax.dynamic_slice_in_dim(positions, i * block, block, axis=1) for i in (index, j))
@@ -140,11 +139,11 @@ def banded(
     soft_cap: float | None,
     start: jax.typing.ArrayLike = 0,
 ) -> jax.Array:
-    """First tokens and band of a tri_shape: a block's queries see few keys, whose softmax is made in one go.
+    """Attention to a tri_shape's first tokens and band: a query block sees few keys, so one softmax covers them.
 
     Args:
-      q: [B, S, H, E], of a prompt's positions from `start` on, which may be traced.
-      k, v: [B, N + S, G, E], of the N positions before them too.
+      q: [B, S, H, E], for the prompt's positions from `start` on; `start` may be traced.
+      k, v: [B, N + S, G, E], for the N positions before `start` too.
       firsts: keys and values [B, F, G, E] of the first tokens.
     """
     length, before = q.shape[1], k.shape[1] - q.shape[1]
@@ -187,7 +186,7 @@ def banded(
 def _over_query_blocks(
     attend: Callable[..., jax.Array], lengths: jax.Array, block: int, count: int, *blocks: jax.Array
 ) -> jax.Array:
-    """attend(index, *block) over so many query blocks and what belongs to each, stacked; zeros where all is padding."""
+    """attend(index, *block) for each of `count` query blocks, stacked; zeros for blocks that hold only padding."""
     last = (jnp.max(lengths) - 1) // block
 
     def attend_unless_padding(numbered):
@@ -198,11 +197,11 @@ def _over_query_blocks(
     return jax.lax.map(attend_unless_padding, (jnp.arange(count), *blocks))
 
 
-Sums = tuple[jax.Array, jax.Array, jax.Array]  # of an online softmax: weighted values, largest logit, total mass
+Sums = tuple[jax.Array, jax.Array, jax.Array]  # online softmax state: weighted values, largest logit, total mass
 
 
 def nothing(queries: jax.Array) -> Sums:
-    """The sums before any key was seen, for queries [B, G, Q, E]."""
+    """The sums before any key is seen, for queries [B, G, Q, E]."""
     shape = queries.shape[:-1]
     return jnp.zeros(queries.shape, jnp.float32), jnp.full(shape, _MASKED), jnp.zeros(shape, jnp.float32)
 
@@ -210,7 +209,7 @@ def nothing(queries: jax.Array) -> Sums:
 def accumulated(
     queries: jax.Array, k: jax.Array, v: jax.Array, seen: list[jax.Array], sums: Sums, soft_cap: float | None
 ) -> Sums:
-    """Add keys and values [B, G, K, E] where all of `seen`, broadcast to [B, G, Q, K], is true."""
+    """Add keys and values [B, G, K, E] where every mask in `seen`, broadcast to [B, G, Q, K], is true."""
     acc, peak, total = sums
     precision = precision_of(queries)
     logits = jnp.einsum("bgqe,bgke->bgqk", queries, k, precision=precision, preferred_element_type=jnp.float32)
@@ -227,13 +226,13 @@ def accumulated(
 
 
 def finished(sums: Sums, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Attention's result from its sums; every row must have seen a block."""
+    """The attention output of final sums; every row must have seen a block."""
     acc, _, total = sums
     return (acc / total[..., None]).astype(dtype)
 
 
 def _of_all_parts(sums: Sums) -> Sums:
-    """Sums over all keys, from those of this device's."""
+    """The sums over all keys, merged from each device's sums over its shard."""
     acc, peak, total = sums
     highest = collectives.pmax(peak, "seq")
     share = jnp.exp(peak - highest)
@@ -254,10 +253,10 @@ def rows(
     """Dense causal attention of some rows of a sequence, blockwise over its keys.
 
     Args:
-      q: [B, R, H, E]. positions: int [B, R], where the rows stand in the sequence. k, v: [B, S, G, E], this device's
-        part of them where sequences are cut, not mirrored.
-      key_positions: int [B, S], where the keys stand, -1 where a slot holds nothing; all slots are then visited. None
-        for 0 to S - 1 of the whole sequence.
+      q: [B, R, H, E]. positions: int [B, R], the rows' positions in the sequence. k, v: [B, S, G, E]; if sequences are
+        sharded, this device's shard, not mirrored.
+      key_positions: int [B, S], the keys' positions, -1 for an empty slot; all slots are then visited. None if the
+        whole sequence's keys are in order from position 0.
       window, scale, soft_cap: as in `attention.causal`.
 
     Returns:
@@ -268,7 +267,7 @@ def rows(
         block = min(_BLOCK, k.shape[1])
         own = positions
         if key_positions is None:
-            own = positions - shards.cut(mirrored=False).starts(k.shape[1])
+            own = positions - shards.sequence_shards(mirrored=False).starts(k.shape[1])
         else:
             key_positions = jnp.pad(key_positions, ((0, 0), (0, -k.shape[1] % block)), constant_values=-1)
         k, v = (rearrange(padded(x, block), "b s g e -> b g s e") for x in (k, v))
@@ -297,22 +296,6 @@ def rows(
         return rearrange(out, "b g (r s) e -> b s (g r) e", r=repeats)
 
 
-def one_row(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, lengths: jax.Array, window: jax.typing.ArrayLike | None = None
-) -> jax.Array:
-    """`to_cache` for a cache whose first `lengths` [B] slots hold positions 0 to lengths - 1, the new token's the last.
-
-    Args:
-      q: [B, 1, H, E]. k, v: [B, C, G, E]. window: as in `attention.causal`.
-
-    Returns:
-      [B, 1, H, E].
-    """
-    places = jnp.arange(k.shape[1])
-    key_positions = jnp.where(places < lengths[:, None], places, -1)
-    return to_cache(q, lengths - 1, k, v, key_positions=key_positions, window=window)
-
-
 def to_cache(
     q: jax.Array,
     positions: jax.Array,
@@ -324,12 +307,11 @@ def to_cache(
     scale: float | None = None,
     soft_cap: float | None = None,
 ) -> jax.Array:
-    """Attention of one new token per row to a cache, whose slots may hold any positions in any order.
+    """Attention of one new token per row to a KV cache, whose slots may hold any positions in any order.
 
     Args:
-      q: [B, 1, H, E]. positions: int [B], where the new tokens stand. k, v: [B, C, G, E], those of the new tokens
-        included.
-      key_positions: int [B, C], or [B, G, C] where key heads hold different tokens; -1 where a slot holds nothing.
+      q: [B, 1, H, E]. positions: int [B], the new tokens' positions. k, v: [B, C, G, E], the new tokens' included.
+      key_positions: int [B, C], or [B, G, C] if key heads hold different tokens; -1 for an empty slot.
       window, scale, soft_cap: as in `attention.causal`.
 
     Returns:

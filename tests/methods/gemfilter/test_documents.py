@@ -12,39 +12,41 @@ from gemfilter_jax.methods.gemfilter import documents, filtering, segments
 from gemfilter_jax.methods.gemfilter.method import GemFilter
 from gemfilter_jax.models.transformer import Decoder
 
-_METHOD = GemFilter(filter_layer=2, keep=64, window=16, pooling="none", kernel=1, chunk=8, sentences=False)
-_HEAD, _TAIL = 7, 12
+_METHOD = GemFilter(
+    filter_layer=2, keep=64, observation_window=16, pooling="none", pool_size=1, chunk=8, sentences=False
+)
+_PREFIX, _SUFFIX = 7, 12
 
 
-def _prompt(length: int, question: int = 0, suffix: int = _TAIL):
+def _prompt(length: int, question: int = 0, suffix: int = _SUFFIX):
     """A document that depends on `length` alone, and one of several questions."""
     ids = tiny.random_ids(length - suffix)
-    return tiny.prompt_of(np.concatenate([ids, tiny.random_ids(suffix, 1 + question)]), _HEAD, suffix)
+    return tiny.prompt_of(np.concatenate([ids, tiny.random_ids(suffix, 1 + question)]), _PREFIX, suffix)
 
 
 _TRI_SHAPE = {"filter_attention": "tri_shape", "band": 24, "first_tokens": 5}
 
 
 @pytest.mark.parametrize(
-    ("change", "tail"),
+    ("change", "suffix"),
     [
-        ({}, _TAIL),
+        ({}, _SUFFIX),
         ({}, 4),  # a question shorter than the window
-        (_TRI_SHAPE, _TAIL),
+        (_TRI_SHAPE, _SUFFIX),
         (_TRI_SHAPE, 4),
         (_TRI_SHAPE, 30),
-        ({"normalisation": "none"}, _TAIL),
-        ({"share": 0.5, "least": 40}, _TAIL),
-        ({"rounds": (90,)}, _TAIL),
+        ({"normalisation": "none"}, _SUFFIX),
+        ({"share": 0.5, "least": 40}, _SUFFIX),
+        ({"rounds": (90,)}, _SUFFIX),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("length", [200, 1999])
-def test_other_questions_keep_what_they_keep_anew(length, change, tail):
+def test_other_questions_keep_what_they_keep_anew(length, change, suffix):
     model, method = tiny.decoder(), dataclasses.replace(_METHOD, **change)
-    read = documents.read(model, _prompt(length, suffix=tail), method)
+    read = documents.read(model, _prompt(length, suffix=suffix), method)
     for question in (0, 1):
-        prompt = _prompt(length, question, tail)
+        prompt = _prompt(length, question, suffix)
         assert read.fits(model.config, prompt, method)
         again = filtering.keep_tokens_of_document(model, prompt, method, read)
         (anew,) = filtering.keep_tokens(model, [prompt], method)
@@ -127,7 +129,7 @@ def test_long_rope_tells_documents_apart_by_the_table_of_the_whole_prompt():
     """A question that carries a prompt past the threshold turns every key of its document."""
     scaling = LongRope((1.0,) * 4, (4.0,) * 4, original_context=100, attention_scaling=1.0)
     model = Decoder(dataclasses.replace(tiny.CONFIG, rope_scaling=scaling), rngs=nnx.Rngs(0))
-    below, above = (tiny.prompt_of(tiny.random_ids(120)[:length], _HEAD, length - 85) for length in (98, 105))
+    below, above = (tiny.prompt_of(tiny.random_ids(120)[:length], _PREFIX, length - 85) for length in (98, 105))
     method = dataclasses.replace(_METHOD, keep=40)
     assert documents.key(model, below, method) != documents.key(model, above, method)
     for prompt in (below, above):

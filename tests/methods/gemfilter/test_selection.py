@@ -5,6 +5,7 @@ import itertools
 import math
 from pathlib import Path
 
+import bounds
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,13 +21,13 @@ _WIDTH = 24  # one width for all examples, so that each rule compiles once
 # Sums and means of whole numbers over these kernels and chunks are exact in float32, so that ties are ties.
 _RULES = {
     "tokens": {},
-    "mean pool": {"pooling": "mean", "kernel": 5},
-    "max pool": {"pooling": "max", "kernel": 4},
+    "mean pool": {"pooling": "mean", "pool_size": 5},
+    "max pool": {"pooling": "max", "pool_size": 4},
     "chunks": {"chunk": 5},
-    "mean pool, then chunks": {"pooling": "mean", "kernel": 4, "chunk": 6},
+    "mean pool, then chunks": {"pooling": "mean", "pool_size": 4, "chunk": 6},
 }
 
-_select = jax.jit(select, static_argnames=("capacity", "pooling", "kernel"))
+_select = jax.jit(select, static_argnames=("capacity", "pooling", "pool_size"))
 _chunk_scores = jax.jit(chunk_scores)
 _by_bisection = jax.jit(functools.partial(best_by_bisection, width=16))
 _by_sorting = jax.jit(functools.partial(best_by_sorting, width=16))
@@ -38,12 +39,12 @@ def _chunks(starts: np.ndarray, width: int, chunk: int) -> np.ndarray:
     return ((np.arange(width) - starts[:, None]) // chunk).astype(np.int32)
 
 
-def _pooled(scores: list[float], kind: str, kernel: int) -> list[float]:
+def _pooled(scores: list[float], kind: str, pool_size: int) -> list[float]:
     pooled = []
     for center in range(len(scores)):
-        first = center - kernel // 2
-        near = [scores[i] for i in range(first, first + kernel) if 0 <= i < len(scores)]
-        pooled.append(max(near) if kind == "max" else sum(near) / kernel)
+        first = center - pool_size // 2
+        near = [scores[i] for i in range(first, first + pool_size) if 0 <= i < len(scores)]
+        pooled.append(max(near) if kind == "max" else sum(near) / pool_size)
     return pooled
 
 
@@ -56,13 +57,13 @@ def _chunked(scores: list[float], members: list[int], start: int, chunk: int) ->
     return {i: sum(best[c]) / len(best[c]) for c, inside in by_chunk.items() for i in inside}
 
 
-def _kept_by_rule(scores, length, keep, required, start, pooling="none", kernel=1, chunk=1) -> list[int]:
+def _kept_by_rule(scores, length, keep, required, start, pooling="none", pool_size=1, chunk=1) -> list[int]:
     """What `select` keeps of one row, token by token in plain Python."""
     free = [i for i in range(length) if not required[i]]
     ranked = list(scores)
     if pooling != "none":
         neutral = 0.0 if pooling == "mean" else -math.inf
-        ranked = _pooled([ranked[i] if i in free else neutral for i in range(len(ranked))], pooling, kernel)
+        ranked = _pooled([ranked[i] if i in free else neutral for i in range(len(ranked))], pooling, pool_size)
     if chunk > 1:
         ranked = _chunked(ranked, free, start, chunk)
     best = sorted(free, key=lambda i: (-ranked[i], i))
@@ -96,11 +97,14 @@ def _cases(draw, score):
     ends = [draw(st.tuples(st.integers(0, 4), st.integers(0, 4))) for _ in range(2)]
     columns = np.arange(_WIDTH)
     required = np.array(
-        [(columns < head) | (columns >= length - tail) for (head, tail), length in zip(ends, lengths, strict=True)]
+        [
+            (columns < prefix) | (columns >= length - suffix)
+            for (prefix, suffix), length in zip(ends, lengths, strict=True)
+        ]
     )
     needed = max(int(row[:length].sum()) for row, length in zip(required, lengths, strict=True))
     keep = draw(st.integers(max(needed, 1), _WIDTH + 4))
-    starts = [head for head, _ in ends]
+    starts = [prefix for prefix, _ in ends]
     return np.array(scores, np.float32), np.array(lengths, np.int32), required, np.array(starts, np.int32), keep
 
 
@@ -121,16 +125,17 @@ def test_the_paper_rule_keeps_what_the_reference_implementation_keeps(case):
         head_weights=np.ones(len(q), np.float32),
         normalisation="none",
     )
-    kept = _select(scores, np.array([length]), keep=keep, capacity=int(keep), pooling="mean", kernel=5)
+    kept = _select(scores, np.array([length]), keep=keep, capacity=int(keep), pooling="mean", pool_size=5)
     np.testing.assert_array_equal(kept.indices[0], np.sort(want))
 
 
 @pytest.mark.parametrize("kind", ["mean", "max"])
-@pytest.mark.parametrize("kernel", [1, 2, 5, 6])
-def test_pool_equals_the_reference(kind, kernel):
+@pytest.mark.parametrize("pool_size", [1, 2, 5, 6])
+def test_pool_equals_the_reference(kind, pool_size):
     scores = np.random.default_rng(0).normal(size=(2, 40)).astype(np.float32)
-    want = [_pooled(row.tolist(), kind, kernel) for row in scores]
-    np.testing.assert_allclose(pool(jnp.asarray(scores), kind, kernel), want, rtol=1e-5, atol=1e-6)
+    want = [_pooled(row.tolist(), kind, pool_size) for row in scores]
+    bound = bounds.of_sum(pool_size + 1, np.abs(scores).max())
+    np.testing.assert_allclose(pool(jnp.asarray(scores), kind, pool_size), want, rtol=0, atol=bound)
 
 
 @pytest.mark.parametrize("chunk", [2, 4, 7, 50])
@@ -143,7 +148,8 @@ def test_chunk_scores_equal_the_reference(chunk):
     for row in range(3):
         members = np.flatnonzero(counted[row])
         want = _chunked(scores[row].tolist(), members.tolist(), int(starts[row]), chunk)
-        np.testing.assert_allclose(given_scores[row, members], [want[i] for i in members], rtol=1e-5, atol=1e-6)
+        bound = bounds.of_sum(chunk + 1, np.abs(scores).max())
+        np.testing.assert_allclose(given_scores[row, members], [want[i] for i in members], rtol=0, atol=bound)
 
 
 def test_a_chunk_without_a_counted_token_scores_minus_infinity():
@@ -217,7 +223,7 @@ def test_scores_of_required_tokens_reach_no_neighbour():
     scores = np.zeros((1, _WIDTH), np.float32)
     scores[0, [0, 12]] = [100.0, 1.0]
     required = np.arange(_WIDTH)[None] == 0
-    for rule in ({"pooling": "max", "kernel": 3}, {"pooling": "mean", "kernel": 3}, {"chunk": 4}):
+    for rule in ({"pooling": "max", "pool_size": 3}, {"pooling": "mean", "pool_size": 3}, {"chunk": 4}):
         pooling, chunks = _arguments(rule, np.zeros(1, int))
         kept = _select(scores, np.array([_WIDTH]), keep=4, capacity=_WIDTH, required=required, chunks=chunks, **pooling)
         assert 12 in _kept(kept, 0)

@@ -5,5 +5,5 @@ import jax.numpy as jnp
 
 
 def precision_of(x: jax.Array) -> jax.lax.Precision | None:
-    """Of products of x: float32 means float32, where accelerators would otherwise round the factors down."""
+    """The precision for products of x: full float32 for float32, whose factors accelerators would otherwise round."""
     return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None

@@ -1,0 +1,161 @@
+"""What a method is: settings that say what to keep of a prompt, and the code that does it.
+
+A method is a frozen dataclass in a file of its own, which `methods.METHODS` lists. There are two kinds. One chooses
+tokens of the prompt, and the model answers from those alone: it overrides `select`. The other has the model read the
+whole prompt and keeps some of its keys and values: it overrides `eviction`.
+
+Methods are read before JAX is imported, so that the command line can tell a mistake at once; they import JAX, and
+modules that do, where they need them.
+"""
+
+import abc
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from gemfilter_jax import settings
+from gemfilter_jax.settings import Option
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from gemfilter_jax.config import ModelConfig
+    from gemfilter_jax.methods.presets import Preset
+    from gemfilter_jax.models.transformer import Decoder, Eviction
+    from gemfilter_jax.text.prompt import Prompt
+    from gemfilter_jax.timing import Stopwatch
+
+Progress = Callable[[int, int], None]
+"""Told (tokens read, tokens to read) as a prompt is read."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Method(abc.ABC):
+    """What to keep of a prompt. Its options are the fields made by `settings.option`.
+
+    Attributes:
+      variants: names of its forms on the command line, each a starting point for the options that are given.
+    """
+
+    variants: ClassVar[tuple[str, ...]]
+
+    @classmethod
+    @abc.abstractmethod
+    def of(cls, variant: str, preset: "Preset", **given: Any) -> Self:
+        """One of the variants for a model.
+
+        Args:
+          given: values of options that the user chose; those of other methods are among them and mean nothing here.
+
+        Raises:
+          UserError: a value that this variant cannot have.
+        """
+
+    @classmethod
+    def options(cls) -> tuple[Option, ...]:
+        """What its user chooses, in order."""
+        return settings.options_of(cls)
+
+    @classmethod
+    def _own(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of given values that are options of this method."""
+        names = {one.name for one in cls.options()}
+        return {name: value for name, value in given.items() if name in names}
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Its JSON form."""
+        return settings.to_json(self)
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any], config: "ModelConfig", source: str) -> Self:
+        """A method from its JSON form.
+
+        Args:
+          config: of the model that it is for. source: where the fields come from, for errors.
+
+        Raises:
+          UserError: a field is unknown, or its value does not fit.
+        """
+        del config
+        return cls(**settings.from_json(cls, fields, source))
+
+    def check(self, model: "Decoder") -> None:
+        """Raise a `UserError` if the method cannot serve a model, whatever the prompt."""
+        del model
+        settings.check(self)
+
+    @property
+    def budget(self) -> int | None:
+        """How many tokens of a prompt are kept at most; None if all are."""
+        return None
+
+    @property
+    def observation_rows(self) -> int:
+        """How many tokens at the end of a text stand for its question where none is asked apart."""
+        return 0
+
+    @property
+    def keeps_positions(self) -> bool:
+        """Whether kept tokens have the positions that they have in the prompt, and not 0, 1, 2 and so on."""
+        return False
+
+    @property
+    def eviction(self) -> "Eviction | None":
+        """Which keys and values of the prompt stay in the cache; None for those of all tokens that `select` keeps."""
+        return None
+
+    def select(
+        self,
+        model: "Decoder",
+        prompts: "Sequence[Prompt]",
+        *,
+        watch: "Stopwatch",
+        progress: Progress | None = None,
+    ) -> "list[np.ndarray]":
+        """The tokens of each prompt that the model answers from, int indices in the order in which it reads them.
+
+        Args:
+          watch: times what is done.
+
+        Raises:
+          UserError: the method does not fit the model or a prompt.
+        """
+        import numpy as np
+
+        del watch, progress
+        self.check(model)
+        return [np.arange(len(prompt)) for prompt in prompts]
+
+    def reader(self, model: "Decoder", cache: pathlib.Path | None) -> "Reader":
+        """For prompts that share a document.
+
+        Args:
+          cache: a folder in which what is read of it may be kept for other processes.
+        """
+        del cache
+        return _ReadAnew(self, model)
+
+    def work(self, config: "ModelConfig") -> str:
+        """How much of a model `select` ran, for people."""
+        del config
+        return "all layers read everything"
+
+
+class Reader(abc.ABC):
+    """Reads prompts that differ in their question alone, and may remember their document."""
+
+    @abc.abstractmethod
+    def select(self, prompt: "Prompt", *, watch: "Stopwatch", progress: Progress | None = None) -> "np.ndarray":
+        """What `Method.select` gives for the prompt."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _ReadAnew(Reader):
+    method: Method
+    model: "Decoder"
+
+    def select(self, prompt: "Prompt", *, watch: "Stopwatch", progress: Progress | None = None) -> "np.ndarray":
+        """Without a memory."""
+        return self.method.select(self.model, [prompt], watch=watch, progress=progress)[0]
