@@ -4,13 +4,13 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemfilter_jax import compile_cache
+from gemfilter_jax import compile_cache, methods
 from gemfilter_jax.buckets import bucket
 from gemfilter_jax.checkpoints import Checkpoint, Opened, load_checkpoint, mesh_for, open_checkpoint
 from gemfilter_jax.checkpoints.weights import BytesRead
@@ -18,14 +18,11 @@ from gemfilter_jax.errors import UserError
 from gemfilter_jax.generate import loop
 from gemfilter_jax.generate.sampling import GREEDY, Sampling
 from gemfilter_jax.methods.base import Method, Progress, Reader
-from gemfilter_jax.methods.gemfilter.method import GemFilter
 from gemfilter_jax.methods.presets import Preset, preset_for
 from gemfilter_jax.ops.attention import check_runs_here
 from gemfilter_jax.parallel import collectives, sharding
 from gemfilter_jax.text.prompt import MESSAGE_FORMAT, Prompt, check_format, encode
 from gemfilter_jax.timing import Stopwatch
-
-RULES = ("default", "paper")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,17 +116,29 @@ class Pipeline:
     chat_template: bool = True
     message_format: str = MESSAGE_FORMAT
 
-    def method(
-        self, rule: str = "default", *, keep: int | Literal["auto"] | None = None, filter_layer: int | None = None
-    ) -> GemFilter:
-        """GemFilter under a rule ("default" or "paper"); the preset supplies values that are not given.
+    def method(self, rule: str = "default", **options: Any) -> Method:
+        """A method by its name; the model's preset supplies the options that are not given.
 
         Args:
-          keep: number of tokens to keep, or "auto": enough to hold a share of the score, up to the preset's number.
+          rule: one of `methods.VARIANTS`: "default", "paper", "full", "streaming_llm" and so on.
+          options: such as `filter_layer`, or `keep`: the number of tokens to keep, or under the default rule "auto", as
+            many as hold a share of the score, up to the preset's number.
+
+        Raises:
+          UserError: there is no such method, or it has no such option.
         """
-        if rule not in RULES:
-            raise UserError(f"rule {rule!r} is unknown; one of {', '.join(RULES)}")
-        return self.preset.method(rule, keep, filter_layer)
+        if rule not in methods.VARIANTS:
+            raise UserError(f"method {rule!r} is unknown; one of {', '.join(methods.VARIANTS)}")
+        known = [one.name for one in methods.VARIANTS[rule].options()]
+        if strangers := [name for name in options if name not in known]:
+            raise UserError(f"method {rule!r} has no option {strangers[0]!r}; it has {', '.join(known) or 'none'}")
+        return methods.make(rule, self.preset, **options)
+
+    def _method(self, given: Method | str | None) -> Method:
+        """A method that may be given by name; the preset's default rule if None."""
+        if isinstance(given, Method):
+            return given
+        return self.method() if given is None else self.method(str(given))
 
     def check(self, method: Method, max_new_tokens: int) -> None:
         """Raise a `UserError` if these settings are invalid for every prompt."""
@@ -144,7 +153,7 @@ class Pipeline:
         text: str,
         question: str | None = None,
         *,
-        method: Method | None = None,
+        method: Method | str | None = None,
         progress: Progress | None = None,
     ) -> tuple[KeptText, dict[str, float]]:
         """Run stage 1 alone; returns the kept tokens and passages of `text` for `question`, and seconds per stage.
@@ -153,7 +162,9 @@ class Pipeline:
           UserError: the text is empty, or the method does not fit the model or the prompt.
         """
         watch = Stopwatch()
-        prompts, kept = self._filter([text], [question], method or self.method(), watch, progress)
+        method = self._method(method)
+        _check_selects(method)
+        prompts, kept = self._filter([text], [question], method, watch, progress)
         return _kept_text(prompts[0], kept[0]), watch.timings
 
     def generate(
@@ -161,7 +172,7 @@ class Pipeline:
         text: str,
         question: str | None = None,
         *,
-        method: Method | None = None,
+        method: Method | str | None = None,
         max_new_tokens: int = 128,
         sampling: Sampling = GREEDY,
         seed: int = 0,
@@ -179,7 +190,7 @@ class Pipeline:
           UserError: the text is empty, the method does not fit the model or the prompt, or the kept tokens and the
             answer exceed the model's context.
         """
-        watch, method = Stopwatch(), method or self.method()
+        watch, method = Stopwatch(), self._method(method)
         prompts, kept = self._filter([text], [question], method, watch, progress)
         return self._answer(prompts, kept, method, max_new_tokens, sampling, [seed], watch, on_text)[0]
 
@@ -188,7 +199,7 @@ class Pipeline:
         texts: Sequence[str],
         questions: Sequence[str | None] | None = None,
         *,
-        method: Method | None = None,
+        method: Method | str | None = None,
         max_new_tokens: int = 128,
         sampling: Sampling = GREEDY,
         seed: int | Sequence[int] = 0,
@@ -207,12 +218,12 @@ class Pipeline:
             raise UserError(f"{len(texts)} texts but {len(seeds)} seeds were given; give one, or one for each text")
         if not texts:
             return []
-        watch, method = Stopwatch(), method or self.method()
+        watch, method = Stopwatch(), self._method(method)
         prompts, kept = self._filter(texts, questions, method, watch, progress)
         return self._answer(prompts, kept, method, max_new_tokens, sampling, seeds, watch)
 
     def document(
-        self, text: str, *, method: Method | None = None, cache: str | os.PathLike | None = None
+        self, text: str, *, method: Method | str | None = None, cache: str | os.PathLike | None = None
     ) -> "Document":
         """A text for many questions; see `Document`.
 
@@ -221,7 +232,7 @@ class Pipeline:
           cache: folder in which GemFilter stores the keys and values of the layers up to the filter layer, so that
             other processes can reuse them; created if it does not exist. Its size is about that of the arrays.
         """
-        method = method or self.method()
+        method = self._method(method)
         reader = method.reader(self.checkpoint.model, None if cache is None else pathlib.Path(cache))
         return Document(self, text, method, reader)
 
@@ -262,10 +273,13 @@ class Pipeline:
         longest = max(map(len, kept))
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {max_new_tokens}; at least 1 token must be generated")
-        if longest + max_new_tokens > model.config.context:
+        of_prompts = method.budget is None or method.eviction is not None or method.keeps_positions
+        needed = max(map(len, prompts)) if of_prompts else longest
+        if needed + max_new_tokens > model.config.context:
+            what, advice = ("prompt", "give a shorter text") if of_prompts else ("kept", "keep fewer")
             raise UserError(
-                f"{longest} kept tokens and {max_new_tokens} new ones exceed the model's context of "
-                f"{model.config.context}; keep fewer"
+                f"{needed} {what} tokens and {max_new_tokens} new ones exceed the model's context of "
+                f"{model.config.context}; {advice}"
             )
         width = bucket(longest)
         parts = sharding.shape_of(model.mesh).rows
@@ -357,6 +371,7 @@ class Document:
 
     def select(self, question: str, *, progress: Progress | None = None) -> tuple[KeptText, dict[str, float]]:
         """The kept tokens and passages for a question, and seconds per stage; see `Pipeline.select`."""
+        _check_selects(self._method)
         watch = Stopwatch()
         prompt, kept = self._filter(question, watch, progress)
         return _kept_text(prompt, kept), watch.timings
@@ -365,6 +380,12 @@ class Document:
         with watch.stage("tokenize"):
             prompt = self._model._encode(self._text, question, self._method)
         return prompt, self._reader.select(prompt, watch=watch, progress=progress)
+
+
+def _check_selects(method: Method) -> None:
+    """Raise a `UserError` if a method keeps no text."""
+    if method.eviction is not None:
+        raise UserError(f"{type(method).__name__} keeps keys and values, not tokens: there is no text to select")
 
 
 def _held(positions: np.ndarray) -> np.ndarray:

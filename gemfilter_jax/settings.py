@@ -3,6 +3,8 @@
 import dataclasses
 import math
 import numbers
+import os
+import reprlib
 import types
 import typing
 from collections.abc import Mapping
@@ -68,24 +70,36 @@ class Option:
         if self.kind is str:
             if self.choices:
                 return None if value in self.choices else f"one of {', '.join(self.choices)}"
-            return None if isinstance(value, str) else "expected a string"
+            return None if isinstance(value, str | os.PathLike) else "expected a string"
+        return self._fault_of_number(value)
+
+    def _fault_of_number(self, value: Any) -> str | None:
         whole = self.kind is int
         of_kind = isinstance(value, numbers.Integral if whole else numbers.Real) and not isinstance(value, bool)
-        if not of_kind or not math.isfinite(value):
+        number = _as_float(value) if of_kind else math.nan
+        if math.isnan(number) or (math.isinf(number) and not whole):
             return f"expected {'a whole number' if whole else 'a number'} {self.range}".rstrip()
-        number = float(value)
         if (
             (self.at_least is not None and number < self.at_least)
             or (self.at_most is not None and number > self.at_most)
             or (self.above is not None and number <= self.above)
         ):
             return f"expected a number {self.range}"
-        return f"expected at most {_MOST:,}" if whole and number > _MOST else None
+        counts = whole and self.at_least is not None
+        return f"expected at most {_MOST:,}" if counts and number > _MOST else None
 
     def check(self, value: Any, shown: str) -> None:
         """Raise a `UserError` that begins with `shown` if the value is invalid."""
         if fault := self.fault(value):
             raise UserError(f"{shown}{fault}")
+
+
+def _as_float(value: Any) -> float:
+    """A number as a float, infinite beyond their range."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def option(
@@ -128,7 +142,7 @@ def check(of: Any) -> None:
     """Raise a `UserError` if a dataclass has a value that its option does not allow."""
     for one in options_of(type(of)):
         value = getattr(of, one.name)
-        one.check(value, f"{one.name} is {value}, ")
+        one.check(value, f"{one.name} is {reprlib.repr(value)}, ")
 
 
 def to_json(of: Any) -> dict[str, Any]:
@@ -147,5 +161,5 @@ def from_json(owner: type, fields: Mapping[str, Any], source: str) -> dict[str, 
         raise UserError(f"{source}: unsupported field(s) {', '.join(unknown)}; one of {', '.join(own)}")
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
     for name, value in values.items():
-        own[name].check(value, f"{source}: field {name!r} is {fields[name]!r}, ")
+        own[name].check(value, f"{source}: field {name!r} is {reprlib.repr(fields[name])}, ")
     return values

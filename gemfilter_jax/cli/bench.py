@@ -1,4 +1,4 @@
-"""Time full attention against GemFilter (default rule and paper's) on this device, in one process.
+"""Time methods on this device, in one process.
 
 gemfilter bench --lengths=1024,2048,4096,8000 --keep=512 --output=bench.json
 """

@@ -22,7 +22,7 @@ from gemfilter_jax.settings import Option
 if TYPE_CHECKING:  # commands parse their flags before they import JAX, so that a mistake is told at once
     from collections.abc import Mapping, Sequence
 
-    from gemfilter_jax.evals.runner import Outcome
+    from gemfilter_jax.evals.example import Outcome
     from gemfilter_jax.evals.task import Task
     from gemfilter_jax.methods.base import Method
 

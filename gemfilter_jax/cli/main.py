@@ -3,7 +3,7 @@
   gemfilter generate   answer questions about a long text
   gemfilter chat       ask one question after another about a text that is read once
   gemfilter select     print what is kept of a text
-  gemfilter bench      time full attention against GemFilter on this device
+  gemfilter bench      time methods on this device, full attention among them
   gemfilter evaluate   score methods on questions about long texts
   gemfilter calibrate  find the layer and heads that pick best in a model, and write them as a preset
   gemfilter fetch      get a model

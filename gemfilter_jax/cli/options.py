@@ -130,11 +130,16 @@ def define_filter(values: flags.FlagValues) -> None:
     )
     flags.register_validator(
         "keep",
-        lambda keep: keep in (None, "auto") or (keep.isdecimal() and int(keep) >= 1),
+        lambda keep: keep in (None, "auto") or _is_count(keep),
         message="expected auto or a whole number of at least 1",
         flag_values=values,
     )
     define_options(values, _FILTER_OPTIONS)
+
+
+def _is_count(text: str) -> bool:
+    """Whether a text is a whole number of at least 1, of a size that programs can count to."""
+    return text.isdecimal() and len(text) <= len(str(2**31)) and 1 <= int(text) < 2**31
 
 
 def define_options(values: flags.FlagValues, names: "Sequence[str]", **defaults: str) -> None:
@@ -223,12 +228,12 @@ def answer_settings(values: flags.FlagValues) -> dict[str, Any]:
 
 def define_comparison(values: flags.FlagValues, lengths: list[str]) -> None:
     """Define --method, the options of methods, --lengths and --output, for commands that compare methods."""
+    told = "; ".join(f"{name}: {one.variants[name]}" for name, one in methods.VARIANTS.items())
     flags.DEFINE_multi_enum(
         "method",
         list(_COMPARED),
         list(methods.VARIANTS),
-        "Method to compare, may be given several times. default and paper are GemFilter by the preset and as "
-        "published; uncalibrated is the default rule at the paper's layer, with all heads alike.",
+        f"Method to compare; may be given several times. {told}.",
         flag_values=values,
     )
     for method in methods.METHODS:
@@ -310,12 +315,14 @@ def chosen_method(values: flags.FlagValues, model: "Pipeline") -> Method:
     """The method of --rule with the given flags over the model's preset; prints a note if the model has no preset."""
     if model.preset.name == "none" and values.filter_layer is None and processes.is_first():
         print(model.preset.source, file=sys.stderr)
-    return methods.make(values.rule, model.preset, **_given(values))
+    method = methods.make(values.rule, model.preset, **_given(values))
+    method.check(model.checkpoint.model)
+    return method
 
 
 def _given(values: flags.FlagValues) -> dict[str, Any]:
     """The options of methods that were given as flags."""
-    names = {one.name for method in methods.METHODS for one in method.options()}
+    names = set[str]().union(*map(_names, methods.METHODS))
     given = {name: values[name].value for name in names if name in values and values[name].value is not None}
     if (keep := given.get("keep")) is not None and keep != "auto":
         given["keep"] = int(keep)
@@ -325,14 +332,30 @@ def _given(values: flags.FlagValues) -> dict[str, Any]:
 def lengths(values: flags.FlagValues) -> list[int]:
     """--lengths as numbers."""
     for length in values.lengths:
-        if not length.isdecimal() or int(length) < 1:
+        if not _is_count(length):
             raise UserError(f"--lengths={','.join(values.lengths)}: {length!r} is not a whole number of at least 1")
     return [int(length) for length in values.lengths]
 
 
 def compared_methods(values: flags.FlagValues, model: "Pipeline") -> dict[str, Method]:
-    """The methods of --method by name, each with the flags that apply to it."""
-    return {name: methods.make(name, model.preset, **_given(values)) for name in values.method}
+    """The methods of --method, each with those of the given flags that are its options.
+
+    Raises:
+      UserError: a flag is an option of none of them, or a method cannot serve the model.
+    """
+    given = _given(values)
+    known = set[str]().union(*(_names(methods.VARIANTS[name]) for name in values.method))
+    if strangers := sorted(set(given) - known):
+        others = [name for name in methods.VARIANTS if strangers[0] in _names(methods.VARIANTS[name])]
+        raise UserError(f"--{strangers[0]} means nothing to --method={','.join(values.method)}; it is for {others[0]}")
+    made = {name: methods.make(name, model.preset, **given) for name in values.method}
+    for method in made.values():
+        method.check(model.checkpoint.model)
+    return made
+
+
+def _names(method: type[Method]) -> set[str]:
+    return {one.name for one in method.options()}
 
 
 def tell_kept(values: flags.FlagValues, model: "Pipeline", method: Method, result: "Result") -> None:

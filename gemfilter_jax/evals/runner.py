@@ -1,32 +1,15 @@
 """Runs methods over the examples of a task."""
 
-import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 
-from gemfilter_jax.evals.task import Example, Task
+from gemfilter_jax.evals.example import Example, Outcome
+from gemfilter_jax.evals.task import Task
 from gemfilter_jax.methods.base import Method
 from gemfilter_jax.pipeline import Pipeline, Result
 
 WHOLE = 0.9
 """A span counts as kept if at least this share of its characters is kept: a missing full stop does no harm."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """The answer to an example, and its scores.
-
-    Attributes:
-      answer: the model's text.
-      scores: the task's scores of the answer. If the example has spans, also "kept", the share of their characters
-        that is kept, and "facts_kept", the share of spans that count as kept (see `WHOLE`).
-      timings: seconds per stage; see `Result`.
-    """
-
-    example: Example
-    answer: str
-    scores: Mapping[str, float]
-    timings: Mapping[str, float]
 
 
 def run(

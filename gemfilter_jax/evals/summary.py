@@ -3,10 +3,8 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # commands read the tasks' columns before they import JAX
-    from gemfilter_jax.evals.runner import Outcome
+from gemfilter_jax.evals.example import Outcome
 
 _Z_95 = 1.959964  # standard normal quantile of 0.975
 
@@ -26,13 +24,13 @@ class Summary:
     full: Mapping[str, int]
 
 
-def by_length(outcomes: "Sequence[Outcome]") -> dict[int, Summary]:
+def by_length(outcomes: Sequence[Outcome]) -> dict[int, Summary]:
     """A summary of one method's outcomes for each text length in tokens."""
     lengths = dict.fromkeys(outcome.example.tokens for outcome in outcomes)
     return {length: summarise([o for o in outcomes if o.example.tokens == length]) for length in lengths}
 
 
-def summarise(outcomes: "Sequence[Outcome]") -> Summary:
+def summarise(outcomes: Sequence[Outcome]) -> Summary:
     """The summary of at least one outcome."""
     scores = {name: [outcome.scores[name] for outcome in outcomes] for name in outcomes[0].scores}
     return Summary(

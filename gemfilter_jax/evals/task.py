@@ -5,37 +5,12 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from gemfilter_jax.evals.example import Example
 from gemfilter_jax.evals.summary import Column
 from gemfilter_jax.settings import Option, options_of
 
 if TYPE_CHECKING:  # commands read the tasks' options before they import JAX
     from transformers import PreTrainedTokenizerBase
-
-
-@dataclasses.dataclass(frozen=True)
-class Example:
-    """A question about a long text.
-
-    Attributes:
-      name: short name for reports.
-      text: the long text, without the question.
-      question: question about one fact or several.
-      references: the expected answers, one for each fact.
-      tokens: approximate length of `text` in tokens.
-      spans: the passages of `text` that hold the references, as character offsets [start, end); empty if unknown.
-    """
-
-    name: str
-    text: str
-    question: str
-    references: tuple[str, ...]
-    tokens: int
-    spans: tuple[tuple[int, int], ...] = ()
-
-    @property
-    def depth(self) -> float | None:
-        """Relative position of the first span: 0 at the start of the text, 1 at its end; None without spans."""
-        return min(self.spans)[0] / len(self.text) if self.spans else None
 
 
 @dataclasses.dataclass(frozen=True)

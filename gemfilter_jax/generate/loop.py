@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemfilter_jax.config import LongRope
+from gemfilter_jax.config import LongRope, ModelConfig
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.generate import sampling as sampling_lib
 from gemfilter_jax.generate.sampling import Sampling
@@ -69,6 +69,12 @@ def pad(rows: Sequence[np.ndarray], width: int) -> tuple[jax.Array, jax.Array]:
     return jnp.asarray(padded), jnp.asarray([len(row) for row in rows], jnp.int32)
 
 
+def check_eviction(config: ModelConfig) -> None:
+    """Raise a `UserError` if no keys of a model can be evicted."""
+    if isinstance(config.rope_scaling, LongRope):
+        raise UserError("LongRoPE rotates all keys anew as a text grows, so that none of them can be evicted")
+
+
 @functools.partial(jax.jit, static_argnames=("capacity", "gaps", "eviction"))
 def prefill(
     model: Decoder,
@@ -95,8 +101,8 @@ def prefill(
     Raises:
       UserError: eviction is used with LongRoPE, which has to rotate all keys again as a text grows.
     """
-    if eviction is not None and isinstance(model.config.rope_scaling, LongRope):
-        raise UserError("LongRoPE rotates all keys anew as a text grows, so that none of them can be evicted")
+    if eviction is not None:
+        check_eviction(model.config)
 
     def filled(model, ids, lengths, positions, seeds, stop_tokens, sampling, limit):
         with jax.named_scope("prefill"):

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from gemfilter_jax import settings
+from gemfilter_jax.errors import UserError
 from gemfilter_jax.settings import Option
 
 if TYPE_CHECKING:
@@ -35,22 +36,27 @@ class Method(abc.ABC):
     """What to keep of a prompt. Its options are the fields made by `settings.option`.
 
     Attributes:
-      variants: names of its forms on the command line, each a starting point for the options that are given.
+      variants: names of its forms, with their help. Each is a starting point for the options that are given.
     """
 
-    variants: ClassVar[tuple[str, ...]]
+    variants: ClassVar[Mapping[str, str]]
 
     @classmethod
-    @abc.abstractmethod
     def of(cls, variant: str, preset: "Preset", **given: Any) -> Self:
-        """One of the variants for a model.
+        """One of the variants for a model; an option `keep` that is not given is the preset's.
 
         Args:
-          given: values of options that the user chose; those of other methods are among them and mean nothing here.
+          given: values of options that the user chose. Options of other methods are ignored.
 
         Raises:
-          UserError: a value that this variant cannot have.
+          UserError: this variant cannot have a given value.
         """
+        own = cls._own(given)
+        if own.get("keep") is None:
+            own |= cls._own({"keep": preset.default.keep})
+        if own.get("keep") == "auto":
+            raise UserError(f"{variant} keeps a number of tokens; give it in place of keep=auto")
+        return cls(**own)
 
     @classmethod
     def options(cls) -> tuple[Option, ...]:
@@ -59,7 +65,7 @@ class Method(abc.ABC):
 
     @classmethod
     def _own(cls, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of given values that are options of this method."""
+        """The given values that are options of this method."""
         names = {one.name for one in cls.options()}
         return {name: value for name, value in given.items() if name in names}
 
@@ -83,12 +89,23 @@ class Method(abc.ABC):
 
     def check(self, model: "Decoder") -> None:
         """Raise a `UserError` if the method cannot serve a model, whatever the prompt."""
-        del model
+        from gemfilter_jax.generate import loop
+
         settings.check(self)
+        if self.eviction is not None:
+            loop.check_eviction(model.config)
+
+    def check_required(self, prompt: "Prompt", keep: int) -> None:
+        """Raise a `UserError` if the template and the question of a prompt are more than `keep` tokens."""
+        required = prompt.prefix_length + prompt.suffix_length
+        if keep < min(required, len(prompt)):
+            raise UserError(
+                f"keep is {keep}, but the template and the question alone are {required} tokens; keep more than that"
+            )
 
     @property
     def budget(self) -> int | None:
-        """How many tokens of a prompt are kept at most; None if all are."""
+        """The most tokens of a prompt that are kept, shown in tables; None if all are."""
         return None
 
     @property
@@ -116,8 +133,10 @@ class Method(abc.ABC):
     ) -> "list[np.ndarray]":
         """The tokens of each prompt that the model answers from, int indices in the order in which it reads them.
 
+        An override begins with `check`, keeps every token of `Prompt.required` and, for that, calls `check_required`.
+
         Args:
-          watch: times what is done.
+          watch: times what is done, in a stage "filter".
 
         Raises:
           UserError: the method does not fit the model or a prompt.
@@ -129,10 +148,10 @@ class Method(abc.ABC):
         return [np.arange(len(prompt)) for prompt in prompts]
 
     def reader(self, model: "Decoder", cache: pathlib.Path | None) -> "Reader":
-        """For prompts that share a document.
+        """Reads prompts that share a document. Unless overridden, each prompt is read from its start.
 
         Args:
-          cache: a folder in which what is read of it may be kept for other processes.
+          cache: a folder in which what is read of the document may be kept for other processes.
         """
         del cache
         return _ReadAnew(self, model)

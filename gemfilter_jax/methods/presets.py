@@ -122,7 +122,7 @@ def read_preset(path: pathlib.Path, config: ModelConfig) -> Preset:
 def _parsed(text: str, source: str, config: ModelConfig) -> Preset:
     try:
         fields = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{source}: not readable as a preset in JSON ({error})") from error
     _expect_object(fields, source)
     refuse_unknown(fields, {"name", "model", "default", "paper_layer", "source", "recall"}, source)

@@ -1,7 +1,8 @@
 """StreamingLLM (arXiv 2309.17453)."""
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
 
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.methods.base import Method
@@ -10,8 +11,7 @@ from gemfilter_jax.settings import option
 if TYPE_CHECKING:
     import jax
 
-    from gemfilter_jax.methods.presets import Preset
-    from gemfilter_jax.models.transformer import Visit
+    from gemfilter_jax.models.transformer import Decoder, Visit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,17 +26,16 @@ class StreamingLLM(Method):
       sinks: of these so many at its start.
     """
 
-    variants: ClassVar[tuple[str, ...]] = ("streaming_llm",)
+    variants: ClassVar[Mapping[str, str]] = {"streaming_llm": "the first and the last keys and values"}
+
     keep: int = option(1024, "Tokens of the prompt whose keys and values are kept.", at_least=1)
     sinks: int = option(4, "First tokens that are kept, the attention sinks.", at_least=0)
 
-    @classmethod
-    def of(cls, variant: str, preset: "Preset", **given: Any) -> Self:
-        """With the preset's budget where none is given."""
-        own = cls._own({"keep": preset.default.keep} | given)
-        if not isinstance(own["keep"], int):
-            raise UserError(f"{variant} keeps a number of tokens; give it in place of keep={own['keep']}")
-        return cls(**own)
+    def check(self, model: "Decoder") -> None:
+        """See `Method.check`."""
+        super().check(model)
+        if self.sinks >= self.keep:
+            raise UserError(f"sinks is {self.sinks} and keep {self.keep}, which leaves no room for the last tokens")
 
     @property
     def budget(self) -> int:
@@ -59,5 +58,5 @@ class StreamingLLM(Method):
         length = visit.k.shape[1]
         slots = jnp.arange(self.slots(length))
         evicted = jnp.maximum(lengths[:, None] - len(slots), 0)
-        columns = jnp.where(slots < min(self.sinks, self.keep), slots, slots + evicted)
+        columns = jnp.where(slots < self.sinks, slots, slots + evicted)
         return jnp.where(columns < lengths[:, None], columns, length)

@@ -94,6 +94,9 @@ def encode(
     Raises:
       UserError: the text is empty or yields no tokens, or the message format lacks {text} or {question}.
     """
+    for name, value in (("text", text), ("question", "" if question is None else question)):
+        if not isinstance(value, str):
+            raise UserError(f"the {name} is of type {type(value).__name__}, expected a string")
     if not text.strip():
         raise UserError("the prompt is empty; give some text")
     before, after = _around(tokenizer, question, chat_template, _framing(text, message_format))

@@ -5,7 +5,8 @@ import types
 import pytest
 
 from gemfilter_jax.evals import metrics, runner
-from gemfilter_jax.evals.task import Example, Task
+from gemfilter_jax.evals.example import Example
+from gemfilter_jax.evals.task import Task
 from gemfilter_jax.methods.full import Full
 from gemfilter_jax.methods.gemfilter.method import GemFilter
 

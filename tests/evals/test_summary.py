@@ -3,8 +3,7 @@
 import pytest
 
 from gemfilter_jax.evals import summary
-from gemfilter_jax.evals.runner import Outcome
-from gemfilter_jax.evals.task import Example
+from gemfilter_jax.evals.example import Example, Outcome
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from gemfilter_jax.cli import evaluate
 from gemfilter_jax.cli import options as cli_options
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.evals import tasks
-from gemfilter_jax.evals.task import Example, Task
+from gemfilter_jax.evals.example import Example
+from gemfilter_jax.evals.task import Task
 from gemfilter_jax.methods.full import Full
 from gemfilter_jax.settings import option
 

@@ -2,15 +2,21 @@
 
 import dataclasses
 import json
+import pathlib
+import re
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 import tiny
+from absl import flags
 
 from gemfilter_jax import methods, settings
+from gemfilter_jax.cli import options
 from gemfilter_jax.errors import UserError
+from gemfilter_jax.evals.tasks.hidden_facts import HiddenFacts
 from gemfilter_jax.generate.sampling import Sampling
 from gemfilter_jax.methods.full import Full
 from gemfilter_jax.methods.gemfilter.method import GemFilter
@@ -151,6 +157,87 @@ def test_methods_are_read_without_jax():
     assert done.stdout.strip() == "set()"
 
 
+class TestByName:
+    def test_options_are_the_presets_or_those_given(self, model):
+        assert model.method() == model.preset.default
+        assert model.method("paper", keep=33).budget == 33
+        assert model.method("streaming_llm", keep=20, sinks=2) == StreamingLLM(20, 2)
+        assert model.method("streaming_llm").budget == model.preset.default.keep
+        assert model.method("full") == Full()
+        assert model.method("default", share=None, band=9) == dataclasses.replace(model.preset.default, band=9)
+
+    def test_a_name_serves_as_a_method(self, model):
+        assert answer(model, 90, method="full").tokens == answer(model, 90, method=Full()).tokens
+        assert model.document(tiny.words(90), method="full").ask(QUESTION, max_new_tokens=2).stop_reason == "length"
+
+    @pytest.mark.parametrize(
+        ("name", "options", "words"),
+        [
+            ("papper", {}, "method 'papper' is unknown; one of full, default, paper"),
+            ("full", {"keep": 3}, "method 'full' has no option 'keep'; it has none"),
+            ("streaming_llm", {"band": 3}, "method 'streaming_llm' has no option 'band'; it has keep, sinks"),
+            ("streaming_llm", {"keep": "auto"}, "streaming_llm keeps a number of tokens"),
+            ("paper", {"keep": "auto"}, "the paper's rule keeps a number of tokens"),
+        ],
+    )
+    def test_what_does_not_exist_is_refused(self, model, name, options, words):
+        with pytest.raises(UserError, match=words):
+            model.method(name, **options)
+
+    def test_a_method_that_keeps_no_tokens_selects_no_text(self, model):
+        with pytest.raises(UserError, match="StreamingLLM keeps keys and values, not tokens"):
+            model.select(tiny.words(90), QUESTION, method="streaming_llm")
+        with pytest.raises(UserError, match="StreamingLLM keeps keys and values, not tokens"):
+            model.document(tiny.words(90), method="streaming_llm").select(QUESTION)
+
+
+class TestFlags:
+    def given(self, *arguments: str) -> dict[str, methods.Method]:
+        values = flags.FlagValues()
+        options.define_filter(values)
+        options.define_comparison(values, lengths=["9"])
+        values(["evaluate", *arguments])
+        model = types.SimpleNamespace(
+            preset=preset_for(tiny.CONFIG), checkpoint=types.SimpleNamespace(model=tiny.decoder())
+        )
+        return options.compared_methods(values, model)
+
+    def test_each_method_takes_the_flags_that_it_has(self):
+        made = self.given("--method=full", "--method=default", "--method=streaming_llm", "--keep=70", "--sinks=3")
+        assert made["full"] == Full()
+        assert made["streaming_llm"] == StreamingLLM(70, 3)
+        assert made["default"] == dataclasses.replace(preset_for(tiny.CONFIG).default, keep=70)
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (("--method=full", "--keep=9"), "--keep means nothing to --method=full; it is for default"),
+            (("--method=default", "--sinks=9"), "--sinks means nothing to --method=default; it is for streaming_llm"),
+            (("--filter_layer=99",), "filter layer 99 is out of range; the model has layers 0 to 3"),
+            (("--method=streaming_llm", "--keep=4"), "sinks is 4 and keep 4, which leaves no room for the last tokens"),
+        ],
+    )
+    def test_what_cannot_be_compared_is_refused_before_it_runs(self, arguments, words):
+        with pytest.raises(UserError, match=words):
+            self.given(*arguments)
+
+
+def test_the_example_in_the_documentation(model):
+    """Its code block, as it stands: keeps the end of the document, and refuses what it must."""
+    text = (pathlib.Path(__file__).parents[2] / "docs" / "architecture.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    space: dict = {"__name__": "example"}
+    exec(code, space)
+    method = space["LastTokens"].of("last_tokens", model.preset, keep=48)
+    result = answer(model, 200, method=method)
+    assert result.selection.indices == tuple(range(result.selection.prompt_tokens - 48, result.selection.prompt_tokens))
+    assert answer(model, 20, method=method).tokens == answer(model, 20, method="full").tokens
+    with pytest.raises(UserError, match="keep is 2, but the template and the question alone are 3 tokens"):
+        answer(model, 200, method=dataclasses.replace(method, keep=2))
+    with pytest.raises(UserError, match="keep is 0"):
+        answer(model, 200, method=dataclasses.replace(method, keep=0))
+
+
 class TestFormerNames:
     def test_in_the_constructor_in_replace_and_as_attributes(self):
         method = GemFilter(filter_layer=2, window=7, kernel=3)
@@ -165,6 +252,8 @@ class TestFormerNames:
         }
         made = GemFilter.from_fields(fields | {"window": 16, "kernel": 9}, tiny.CONFIG, "preset.json")
         assert made == _DEFAULT
+        with pytest.raises(UserError, match="'window' and 'observation_window' mean the same"):
+            GemFilter.from_fields(_DEFAULT.fields | {"window": 16}, tiny.CONFIG, "preset.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,12 +273,45 @@ class _Settings:
         ({"sizes": [1, 2]}, r"'sizes' is \[1, 2\], expected a list of whole numbers of at least 2"),
         ({"sizes": 4}, "'sizes' is 4, expected a list of whole numbers"),
         ({"sizes": [2**31]}, "expected a list of whole numbers"),
+        ({"sizes": [10**400]}, "expected a list of whole numbers"),
+        ({"number": 10**400}, "expected a number above 0 and at most 1"),
+        ({"number": -(10**400)}, "expected a number above 0 and at most 1"),
     ],
     ids=str,
 )
 def test_a_value_that_is_none_of_an_option_is_refused(fields, words):
     with pytest.raises(UserError, match=words):
         settings.from_json(_Settings, fields, "here")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"keep": 10**400}, "keep is .*, expected at most 2,147,483,647"),
+        ({"band": -(10**400)}, "band is .*, expected a number of at least 1"),
+        ({"head_weights": (10**400, 0, 0, 0)}, "head_weights is .*, expected a list of numbers of at least 0"),
+        ({"head_weights": (1e300, 0, 0, 0)}, "4 head weights .* float32 holds for each of 4 query heads"),
+        ({"head_weights": (1e-60,) * 4}, "4 head weights .* not all 0"),
+        ({"head_weights": (0.0,) * 4}, "4 head weights .* not all 0"),
+        ({"share": 0.5, "normalisation": "none"}, "share is 0.5, which needs a normalisation"),
+    ],
+    ids=str,
+)
+def test_what_programs_cannot_hold_is_refused_in_the_constructor_and_in_json(change, words):
+    with pytest.raises(UserError, match=words):
+        dataclasses.replace(_DEFAULT, **change).check(tiny.decoder())
+    with pytest.raises(UserError, match=words.partition(" ")[0]):
+        GemFilter.from_fields(_DEFAULT.fields | change, tiny.CONFIG, "preset.json")
+
+
+def test_numpy_and_lists_are_taken():
+    plain = GemFilter(2, keep=40, head_weights=(1.0, 0.0, 0.5, 0.0), rounds=(60,))
+    assert GemFilter(np.int64(2), keep=np.int32(40), head_weights=np.array([1, 0, 0.5, 0]), rounds=[60]) == plain
+    assert hash(GemFilter(2, keep=40, head_weights=[1.0, 0.0, 0.5, 0.0], rounds=[60])) == hash(plain)
+
+
+def test_seeds_are_not_counts():
+    assert HiddenFacts(seed=3_000_000_000).seed == 3_000_000_000
 
 
 def test_values_of_options_pass():

@@ -142,7 +142,9 @@ def _check_refused(folder: pathlib.Path, fields: dict, words: str) -> None:
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", [None, "{", "[1]", json.dumps(FIELDS)[:-40]])
+@pytest.mark.parametrize(
+    "text", [None, "{", "[1]", json.dumps(FIELDS)[:-40], "[" * 200_000], ids=lambda text: str(text)[:9]
+)
 def test_no_preset_at_all(tmp_path, text):
     path = tmp_path / "preset.json"
     if text is not None:

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.evals import haystack, metrics, summary
-from gemfilter_jax.evals.task import Example, Task
+from gemfilter_jax.evals.example import Example
+from gemfilter_jax.evals.task import Task
 from gemfilter_jax.settings import option
 
 if TYPE_CHECKING:

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar
 
 from gemfilter_jax.evals import haystack, metrics, summary
-from gemfilter_jax.evals.task import Example, Task
+from gemfilter_jax.evals.example import Example
+from gemfilter_jax.evals.task import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

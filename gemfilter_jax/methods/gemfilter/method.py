@@ -32,16 +32,22 @@ _FORMER_NAMES = {"window": "observation_window", "kernel": "pool_size"}
 _Class = TypeVar("_Class", bound=type)
 
 
-def _with_former_names(owner: _Class) -> _Class:
-    """Let a dataclass's constructor, and `dataclasses.replace`, take fields by the names that they once had."""
+def _lenient(owner: _Class) -> _Class:
+    """Let a dataclass's constructor, and `dataclasses.replace`, take former names, lists and NumPy's numbers."""
     init = owner.__init__
 
     @functools.wraps(init)
-    def renaming(self: Any, *args: Any, **fields: Any) -> None:
-        init(self, *args, **_renamed(fields))
+    def taking(self: Any, *args: Any, **fields: Any) -> None:
+        init(self, *map(_plain, args), **{name: _plain(value) for name, value in _renamed(fields).items()})
 
-    owner.__init__ = renaming
+    owner.__init__ = taking
     return owner
+
+
+def _plain(value: Any) -> Any:
+    """Python's own number for one of NumPy's, a tuple for a list or an array."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _renamed(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -50,7 +56,7 @@ def _renamed(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name not in _FORMER_NAMES} | former
 
 
-@_with_former_names
+@_lenient
 @dataclasses.dataclass(frozen=True)
 class GemFilter(Method):
     """Keep the tokens that one early layer attends to from the end of the prompt (arXiv 2409.17422).
@@ -86,7 +92,11 @@ class GemFilter(Method):
       positions: rotary positions of the kept tokens in stage 2: "compact" (0..K-1, as published) or "original".
     """
 
-    variants: ClassVar[tuple[str, ...]] = ("default", "paper", "uncalibrated")
+    variants: ClassVar[Mapping[str, str]] = {
+        "default": "GemFilter by this project's rule and the model's preset",
+        "paper": "GemFilter as published",
+        "uncalibrated": "the default rule at the paper's layer, with all heads alike",
+    }
 
     filter_layer: int = option(help="Layer whose attention picks the tokens, counted from 0.", at_least=0)
     keep: int = option(1024, "Tokens to keep.", at_least=1)
@@ -144,6 +154,9 @@ class GemFilter(Method):
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any], config: "ModelConfig", source: str) -> Self:
         """See `Method.from_fields`."""
+        for former, name in _FORMER_NAMES.items():
+            if former in fields and name in fields:
+                raise UserError(f"{source}: fields {former!r} and {name!r} mean the same; give one of them")
         fields = _renamed(fields)
         if "filter_layer" not in fields:
             raise UserError(f"{source}: field 'filter_layer' is missing")
@@ -153,11 +166,8 @@ class GemFilter(Method):
                 f"{source}: field 'filter_layer' is {method.filter_layer}; the model has layers 0 to "
                 f"{config.layers - 1}"
             )
-        weights = method.head_weights
-        if weights is not None and (len(weights) != config.heads or not any(weights)):
-            raise UserError(
-                f"{source}: field 'head_weights' must be a number for each of {config.heads} query heads, not all 0"
-            )
+        if fault := method._fault(config):
+            raise UserError(f"{source}: {fault}")
         return method
 
     def check(self, model: "Decoder") -> None:
@@ -167,33 +177,41 @@ class GemFilter(Method):
             raise UserError(
                 f"filter layer {self.filter_layer} is out of range; the model has layers 0 to {config.layers - 1}"
             )
-        settings.check(self)
+        super().check(model)
         if self.filter_layer >= model.held_layers:
             raise UserError(
                 f"filter layer {self.filter_layer} is beyond the first {model.held_layers} layers, which alone are "
                 "loaded"
             )
+        if fault := self._fault(config):
+            raise UserError(fault)
+
+    def _fault(self, config: "ModelConfig") -> str | None:
+        """What is wrong with options that are right by themselves; None if nothing is."""
+        import numpy as np
+
         if self.share is not None and self.normalisation == "none":
-            raise UserError(f"share is {self.share}, which needs a normalisation other than 'none'")
-        if self.head_weights is not None and len(self.head_weights) != config.heads:
-            raise UserError(
-                f"{len(self.head_weights)} head weights were given; the model has {config.heads} query heads"
-            )
+            return f"share is {self.share}, which needs a normalisation other than 'none'"
         if self.order == "best_last" and self.positions == "original":
-            raise UserError("original positions need order 'text'")
+            return "original positions need order 'text'"
+        if self.head_weights is None:
+            return None
+        with np.errstate(over="ignore", under="ignore"):
+            held = np.asarray(self.head_weights, np.float32)
+        if len(held) == config.heads and np.isfinite(held).all() and held.any():
+            return None
+        return (
+            f"{len(held)} head weights were given; expected a number that float32 holds for each of {config.heads} "
+            "query heads, not all 0"
+        )
 
     def check_prompt(self, model: "Decoder", prompt: "Prompt") -> None:
         """Raise a `UserError` if the method cannot serve this model and prompt."""
         from gemfilter_jax.methods.gemfilter import segments
 
         self.check(model)
-        required = prompt.prefix_length + prompt.suffix_length
-        for keep in (*self.rounds, self.keep):
-            if self.keep_required and keep < min(required, len(prompt)):
-                raise UserError(
-                    f"keep is {keep}, but the template and the question alone are {required} tokens; keep more than "
-                    "that"
-                )
+        for keep in (*self.rounds, self.keep) if self.keep_required else ():
+            self.check_required(prompt, keep)
         segments.check_room(model.config, prompt, self)
         if len(prompt) > model.config.context and self.positions == "original":
             raise UserError(
@@ -247,5 +265,5 @@ class GemFilter(Method):
         return DocumentReader(self, model, cache)
 
     def work(self, config: "ModelConfig") -> str:
-        """The layers up to r."""
-        return f"layers 0 to {self.filter_layer} of {config.layers} picked"
+        """Layer r."""
+        return f"layer {self.filter_layer} of {config.layers} picked"

@@ -35,9 +35,10 @@ def reach(config: ModelConfig, method: "GemFilter") -> int:
 def check_room(config: ModelConfig, prompt: Prompt, method: "GemFilter") -> None:
     """Raise a `UserError` if a prompt longer than the reach leaves no room for its document in a segment."""
     if len(prompt) > reach(config, method) and _room(config, prompt, method) < method.chunk:
+        around, longest = prompt.prefix_length + prompt.suffix_length, reach(config, method)
         raise UserError(
-            f"the template and the question take {prompt.prefix_length + prompt.suffix_length} tokens, which leaves "
-            f"no room for the document in a segment of {reach(config, method)} tokens; ask a shorter question"
+            f"the template and the question take {around} tokens, which leaves no room for a chunk of {method.chunk} "
+            f"tokens of the document in a segment of {longest} tokens; ask a shorter question"
         )
 
 

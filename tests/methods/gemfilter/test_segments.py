@@ -42,7 +42,7 @@ def _fits(prompt: Prompt, method: GemFilter) -> bool:
 
 def test_a_question_that_leaves_less_room_than_a_chunk_is_refused():
     prompt = _prompt(500, 20, 180, 100)
-    with pytest.raises(UserError, match="take 200 tokens, which leaves no room for the document in a segment of 256"):
+    with pytest.raises(UserError, match=r"take 200 tokens, which leaves no room for a chunk .* in a segment of 256"):
         segments.check_room(tiny.CONFIG, prompt, dataclasses.replace(_METHOD, segment=256))
 
 
