@@ -281,6 +281,8 @@ class Pipeline:
                 f"{needed} {what} tokens and {max_new_tokens} new ones exceed the model's context of "
                 f"{model.config.context}; {advice}"
             )
+        if method.eviction is not None:
+            loop.check_eviction(model.config, map(len, prompts), max_new_tokens)
         width = bucket(longest)
         parts = sharding.shape_of(model.mesh).rows
         rows = sharding.evenly(list(zip(prompts, kept, strict=True)), parts)

@@ -9,7 +9,7 @@ temperature, seeds and limits are traced.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -69,10 +69,17 @@ def pad(rows: Sequence[np.ndarray], width: int) -> tuple[jax.Array, jax.Array]:
     return jnp.asarray(padded), jnp.asarray([len(row) for row in rows], jnp.int32)
 
 
-def check_eviction(config: ModelConfig) -> None:
-    """Raise a `UserError` if no keys of a model can be evicted."""
-    if isinstance(config.rope_scaling, LongRope):
-        raise UserError("LongRoPE rotates all keys anew as a text grows, so that none of them can be evicted")
+def check_eviction(config: ModelConfig, lengths: Iterable[int], new_tokens: int) -> None:
+    """Raise a `UserError` if prompts of these lengths grow past the point where evicted keys would be rotated anew."""
+    if not isinstance(config.rope_scaling, LongRope):
+        return
+    limit = config.rope_scaling.original_context
+    for length in lengths:
+        if length <= limit < length + new_tokens:
+            raise UserError(
+                f"a prompt of {length} tokens and {new_tokens} new ones cross {limit} tokens, where LongRoPE rotates "
+                "all keys anew, and some have been evicted; give a shorter or a longer text"
+            )
 
 
 @functools.partial(jax.jit, static_argnames=("capacity", "gaps", "eviction"))
@@ -96,13 +103,8 @@ def prefill(
       ids: int32 [B, K]. lengths: int32 [B]. positions: int32 [B, K], rotary positions.
       stop_tokens: int32 [N]. seeds: uint32 [B]. limit: maximum number of new tokens, at least 1. capacity: T.
       gaps: whether positions have gaps; sliding windows then span positions instead of tokens.
-      eviction: which keys and values stay in the cache; None for all.
-
-    Raises:
-      UserError: eviction is used with LongRoPE, which has to rotate all keys again as a text grows.
+      eviction: which keys and values stay in the cache; None for all. See `check_eviction`.
     """
-    if eviction is not None:
-        check_eviction(model.config)
 
     def filled(model, ids, lengths, positions, seeds, stop_tokens, sampling, limit):
         with jax.named_scope("prefill"):
@@ -189,7 +191,7 @@ def _fed(model: Decoder, state: DecodeState) -> tuple[jax.Array, KVCache]:
     def read_again() -> tuple[jax.Array, KVCache]:
         return model.prefill(*_sequence(state), state.cache)
 
-    if not isinstance(scaling, LongRope):
+    if not isinstance(scaling, LongRope) or state.cache.of_heads:
         return feed()
     crossing = state.running & (state.positions == scaling.original_context)
     return jax.lax.cond(collectives.any_row(crossing), read_again, feed)

@@ -89,11 +89,8 @@ class Method(abc.ABC):
 
     def check(self, model: "Decoder") -> None:
         """Raise a `UserError` if the method cannot serve a model, whatever the prompt."""
-        from gemfilter_jax.generate import loop
-
+        del model
         settings.check(self)
-        if self.eviction is not None:
-            loop.check_eviction(model.config)
 
     def check_required(self, prompt: "Prompt", keep: int) -> None:
         """Raise a `UserError` if the template and the question of a prompt are more than `keep` tokens."""

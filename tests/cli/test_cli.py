@@ -55,7 +55,7 @@ def test_generate_json_agrees_with_the_library(smollm2, book, generated):
     kept = "".join(text[start:end] for start, end in fields["spans"])
     assert "The password of the old lighthouse is marigold." in kept
     layer = smollm2.preset.default.filter_layer
-    assert re.search(rf"read \d+ tokens, kept 200 \(ratio 0\.\d{{4}}\), layers 0 to {layer} of 30", stderr)
+    assert re.search(rf"read \d+ tokens, kept 200 \(ratio 0\.\d{{4}}\), layer {layer} of 30 picked", stderr)
     assert re.search(r"filter \d+\.\d\d s", stderr)
 
 
