@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gemfilter_jax.errors import UserError
+from gemfilter_jax.settings import LARGEST_COUNT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,6 @@ class YarnRope:
     truncate: bool = True
 
 
-_MOST = 2**31 - 1  # largest count: programs index with int32
 _SMALLEST, _LARGEST = 2.0**-126, 2.0**127  # range of real numbers: programs compute in float32
 _MOST_LAYERS = 10_000  # lists of layers are built before the tensors can confirm their number
 
@@ -166,8 +166,8 @@ def take_count(fields: Mapping[str, Any], name: str, source: str, default: int |
     value = take(fields, name, source, default)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UserError(f"{source}: field {name!r} is {value!r}, expected a whole number of at least 1")
-    if value > _MOST:
-        raise UserError(f"{source}: field {name!r} is {value!r}, expected at most {_MOST:,}")
+    if value > LARGEST_COUNT:
+        raise UserError(f"{source}: field {name!r} is {value!r}, expected at most {LARGEST_COUNT:,}")
     return value
 
 

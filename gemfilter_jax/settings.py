@@ -1,6 +1,7 @@
 """Options: dataclass fields that a user sets. One declaration gives the flag, the JSON field and the value checks."""
 
 import dataclasses
+import functools
 import math
 import numbers
 import os
@@ -13,7 +14,7 @@ from typing import Any, Literal
 from gemfilter_jax.errors import UserError
 
 _OPTION = "option"
-_MOST = 2**31 - 1  # largest whole number: programs index with int32
+LARGEST_COUNT = 2**31 - 1  # programs index with int32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Option:
         ):
             return f"expected a number {self.range}"
         counts = whole and self.at_least is not None
-        return f"expected at most {_MOST:,}" if counts and number > _MOST else None
+        return f"expected at most {LARGEST_COUNT:,}" if counts and number > LARGEST_COUNT else None
 
     def check(self, value: Any, shown: str) -> None:
         """Raise a `UserError` that begins with `shown` if the value is invalid."""
@@ -116,6 +117,7 @@ def option(
     return dataclasses.field(default=default, metadata={_OPTION: metadata})
 
 
+@functools.cache
 def options_of(owner: type) -> tuple[Option, ...]:
     """The options among a dataclass's fields, in order."""
     hints = typing.get_type_hints(owner)

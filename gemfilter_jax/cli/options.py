@@ -12,7 +12,7 @@ from gemfilter_jax.errors import UserError
 from gemfilter_jax.methods.base import Method
 from gemfilter_jax.methods.gemfilter.method import GemFilter
 from gemfilter_jax.parallel import processes
-from gemfilter_jax.settings import Option
+from gemfilter_jax.settings import LARGEST_COUNT, Option
 
 if TYPE_CHECKING:  # commands parse their flags before they import JAX, so that a mistake is told at once
     from collections.abc import Callable, Sequence
@@ -139,7 +139,7 @@ def define_filter(values: flags.FlagValues) -> None:
 
 def _is_count(text: str) -> bool:
     """Whether a text is a whole number of at least 1, of a size that programs can count to."""
-    return text.isdecimal() and len(text) <= len(str(2**31)) and 1 <= int(text) < 2**31
+    return text.isdecimal() and len(text) <= len(str(LARGEST_COUNT)) and 1 <= int(text) <= LARGEST_COUNT
 
 
 def define_options(values: flags.FlagValues, names: "Sequence[str]", **defaults: str) -> None:

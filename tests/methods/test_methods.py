@@ -287,9 +287,9 @@ def test_a_value_that_is_none_of_an_option_is_refused(fields, words):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"keep": 10**400}, "keep is .*, expected at most 2,147,483,647"),
-        ({"band": -(10**400)}, "band is .*, expected a number of at least 1"),
-        ({"head_weights": (10**400, 0, 0, 0)}, "head_weights is .*, expected a list of numbers of at least 0"),
+        ({"keep": 10**400}, "keep'? is .*, expected at most 2,147,483,647"),
+        ({"band": -(10**400)}, "band'? is .*, expected a number of at least 1"),
+        ({"head_weights": (10**400, 0, 0, 0)}, "head_weights'? is .*, expected a list of numbers of at least 0"),
         ({"head_weights": (1e300, 0, 0, 0)}, "4 head weights .* float32 holds for each of 4 query heads"),
         ({"head_weights": (1e-60,) * 4}, "4 head weights .* not all 0"),
         ({"head_weights": (0.0,) * 4}, "4 head weights .* not all 0"),
@@ -300,7 +300,7 @@ def test_a_value_that_is_none_of_an_option_is_refused(fields, words):
 def test_what_programs_cannot_hold_is_refused_in_the_constructor_and_in_json(change, words):
     with pytest.raises(UserError, match=words):
         dataclasses.replace(_DEFAULT, **change).check(tiny.decoder())
-    with pytest.raises(UserError, match=words.partition(" ")[0]):
+    with pytest.raises(UserError, match=f"^preset.json: .*{words}"):
         GemFilter.from_fields(_DEFAULT.fields | change, tiny.CONFIG, "preset.json")
 
 
