@@ -18,7 +18,7 @@ import optax
 from gemfilter_jax.buckets import bucket
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.evals.example import Example
-from gemfilter_jax.evals.runner import WHOLE
+from gemfilter_jax.evals.task import WHOLE
 from gemfilter_jax.evals.summary import wilson
 from gemfilter_jax.evals.tasks import hidden_facts
 from gemfilter_jax.generate import loop

@@ -12,9 +12,12 @@ class Example:
       name: short name for reports.
       text: the long text, without the question.
       question: question about one fact or several.
-      references: the expected answers, one for each fact.
+      references: the expected answers: one for each fact, or alternatives, as the task says.
       tokens: approximate length of `text` in tokens.
       spans: the passages of `text` that hold the references, as character offsets [start, end); empty if unknown.
+      group: the part of the task that the example belongs to, such as one of its datasets; also counted apart.
+      message_format: see `prompt.encode`; None for the pipeline's own.
+      plain: whether the prompt is never wrapped in a chat template.
     """
 
     name: str
@@ -23,6 +26,9 @@ class Example:
     references: tuple[str, ...]
     tokens: int
     spans: tuple[tuple[int, int], ...] = ()
+    group: str = ""
+    message_format: str | None = None
+    plain: bool = False
 
     @property
     def depth(self) -> float | None:
@@ -36,8 +42,7 @@ class Outcome:
 
     Attributes:
       answer: the model's text.
-      scores: the task's scores of the answer. If the example has spans, also "kept", the share of their characters
-        that is kept, and "facts_kept", the share of spans that count as kept (see `runner.WHOLE`).
+      scores: the task's scores of the answer and, where the method keeps text, of what it kept.
       timings: seconds per stage; see `pipeline.Result`.
     """
 

@@ -2,15 +2,19 @@
 
 import abc
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from gemfilter_jax.evals.example import Example
-from gemfilter_jax.evals.summary import Column
 from gemfilter_jax.settings import Option, options_of
 
 if TYPE_CHECKING:  # commands read the tasks' options before they import JAX
     from transformers import PreTrainedTokenizerBase
+
+    from gemfilter_jax.pipeline import KeptText
+
+WHOLE = 0.9
+"""A span counts as kept if at least this share of its characters is kept: a missing full stop does no harm."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,12 +26,14 @@ class Task(abc.ABC):
     Attributes:
       name: name on the command line.
       title: heading of the result table.
-      columns: columns of the result table; if empty, one for each score.
+      main_score: the score by which methods are compared.
+      sized: whether texts are made as long as asked. If not, they have lengths of their own.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
-    columns: ClassVar[tuple[Column, ...]] = ()
+    main_score: ClassVar[str] = "right"
+    sized: ClassVar[bool] = True
 
     def __post_init__(self):
         for one in self.options():
@@ -50,6 +56,9 @@ class Task(abc.ABC):
 
         Equal tasks give equal examples.
 
+        Args:
+          tokens: 0 if the task's texts have lengths of their own.
+
         Raises:
           UserError: such examples cannot be made.
         """
@@ -60,4 +69,19 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def score(self, example: Example, answer: str) -> Mapping[str, float]:
-        """Scores by name: numbers from 0 to 1, or a bool for right or wrong. All examples have the same names."""
+        """Scores by name, numbers from 0 to 1. All examples have the same names."""
+
+    def score_kept(self, example: Example, kept: "KeptText") -> Mapping[str, float]:
+        """Scores of what a method kept; empty where nothing can be said.
+
+        Unless overridden, "kept" is the share of the example's spans that are kept, see `WHOLE`.
+        """
+        if not example.spans:
+            return {}
+        whole = [_covered(span, kept.spans) >= WHOLE * (span[1] - span[0]) for span in example.spans]
+        return {"kept": sum(whole) / len(whole)}
+
+
+def _covered(span: tuple[int, int], kept: Sequence[tuple[int, int]]) -> int:
+    """Number of characters of a span that kept spans, which do not overlap, cover."""
+    return sum(max(0, min(span[1], end) - max(span[0], start)) for start, end in kept)

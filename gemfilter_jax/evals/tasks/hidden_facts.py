@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from gemfilter_jax.errors import UserError
-from gemfilter_jax.evals import haystack, metrics, summary
+from gemfilter_jax.evals import haystack, metrics
 from gemfilter_jax.evals.example import Example
 from gemfilter_jax.evals.task import Task
 from gemfilter_jax.settings import option
@@ -141,12 +141,6 @@ class HiddenFacts(Task):
 
     name: ClassVar[str] = "held_out"
     title: ClassVar[str] = "Hidden facts"
-    columns: ClassVar[tuple[summary.Column, ...]] = (
-        summary.ASKED,
-        summary.proportion("right"),
-        summary.mean("facts_kept"),
-        summary.proportion("facts_kept", "all kept"),
-    )
     count: int = option(60, "Questions of each length.", at_least=1)
     facts: int = option(1, "Facts of one kind that a question asks for.", at_least=1, at_most=4)
     distractors: int = option(2, "Facts in the text that look like the asked ones.", at_least=0)
@@ -221,7 +215,7 @@ class HiddenFacts(Task):
 
     def score(self, example: Example, answer: str) -> dict[str, float]:
         """ "right": the answer contains every reference."""
-        return {"right": metrics.contains_all(answer, example.references)}
+        return {"right": float(metrics.contains_all(answer, example.references))}
 
 
 def _example(text: str, facts: Sequence[Fact], spans: Sequence[tuple[int, int]], tokens: int) -> Example:

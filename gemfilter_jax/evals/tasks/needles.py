@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar
 
-from gemfilter_jax.evals import haystack, metrics, summary
+from gemfilter_jax.evals import haystack, metrics
 from gemfilter_jax.evals.example import Example
 from gemfilter_jax.evals.task import Task
 
@@ -59,11 +59,6 @@ class Needles(Task):
 
     name: ClassVar[str] = "needles"
     title: ClassVar[str] = "Hidden facts"
-    columns: ClassVar[tuple[summary.Column, ...]] = (
-        summary.count("right"),
-        summary.ASKED,
-        summary.mean("kept", "needle kept"),
-    )
     needles: tuple[Needle, ...] = NEEDLES
     depths: tuple[float, ...] = DEPTHS
 
@@ -89,4 +84,4 @@ class Needles(Task):
 
     def score(self, example: Example, answer: str) -> dict[str, float]:
         """ "right": the answer contains every reference."""
-        return {"right": metrics.contains_all(answer, example.references)}
+        return {"right": float(metrics.contains_all(answer, example.references))}
