@@ -24,7 +24,7 @@ import numpy as np
 
 from gemfilter_jax import files
 from gemfilter_jax.errors import UserError
-from gemfilter_jax.methods.gemfilter import selection
+from gemfilter_jax.methods import selection
 from gemfilter_jax.ops import attention, key_scores
 
 _WINDOW = 32

@@ -18,11 +18,12 @@ import optax
 from gemfilter_jax.buckets import bucket
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.evals.example import Example
-from gemfilter_jax.evals.task import WHOLE
 from gemfilter_jax.evals.summary import wilson
+from gemfilter_jax.evals.task import WHOLE
 from gemfilter_jax.evals.tasks import hidden_facts
 from gemfilter_jax.generate import loop
-from gemfilter_jax.methods.gemfilter import scoring_pass, segments, selection
+from gemfilter_jax.methods import passages, selection
+from gemfilter_jax.methods.gemfilter import scoring_pass
 from gemfilter_jax.methods.gemfilter.method import FilterAttention, FilterPrecision, GemFilter
 from gemfilter_jax.methods.presets import AUTO_SHARE, Preset
 from gemfilter_jax.parallel import collectives, sharding
@@ -86,7 +87,7 @@ def record(model: Pipeline, example: Example, method: GemFilter, layers: int) ->
     )
     scores = collectives.to_host(of_rows)[:, 0].reshape(-1, width)
     numbers = np.full(width, len(prompt))
-    numbers[: len(prompt)] = segments.chunks(prompt, method)
+    numbers[: len(prompt)] = passages.chunks(prompt, passages.PassageRule.of(method))
     required = np.ones(width, bool)
     required[: len(prompt)] = prompt.required
 

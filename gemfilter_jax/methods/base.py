@@ -12,7 +12,7 @@ import abc
 import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from gemfilter_jax import settings
 from gemfilter_jax.errors import UserError
@@ -29,6 +29,12 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 """Told (tokens read, tokens to read) as a prompt is read."""
+
+Order = Literal["text", "best_last"]
+"""In what order kept passages are read: as in the text, or the best one last."""
+
+Pooling = Literal["none", "mean", "max"]
+"""How the scores of neighbouring tokens are pooled; see `selection.pool`."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from gemfilter_jax.buckets import bucket
+from gemfilter_jax.methods import passages
 from gemfilter_jax.methods.base import Progress
-from gemfilter_jax.methods.gemfilter import scoring_pass, segments, selection
+from gemfilter_jax.methods.gemfilter import scoring_pass, segments
+from gemfilter_jax.methods.passages import PassageRule
 from gemfilter_jax.models.transformer import Decoder
 from gemfilter_jax.parallel import sharding
 from gemfilter_jax.text.prompt import Prompt
@@ -17,8 +17,6 @@ from gemfilter_jax.text.prompt import Prompt
 if TYPE_CHECKING:
     from gemfilter_jax.methods.gemfilter.documents import Reading
     from gemfilter_jax.methods.gemfilter.method import GemFilter
-
-_select = jax.jit(selection.select, static_argnames=("capacity", "pooling", "pool_size"))
 
 
 def keep_tokens(
@@ -67,7 +65,7 @@ def keep_tokens_of_document(
     whole = len(prompt) <= segments.reach(model.config, method)
     scores = reading.scores(model, prompt, method)
     if whole:
-        return _chosen([scores], [prompt], [np.arange(len(prompt))], method)[0]
+        return passages.kept([scores], [prompt], [np.arange(len(prompt))], PassageRule.of(method))[0]
     return _in_rounds(model, prompt, method, _Counter(progress, _to_read(prompt, method, 0) - len(prompt)), scores)
 
 
@@ -109,7 +107,7 @@ def _in_rounds(
         else:
             scores, first = first, None
         last = keep == budgets[-1]
-        rows = _chosen([scores], [prompt], [rows], method, keep=None if last else keep)[0]
+        rows = passages.kept([scores], [prompt], [rows], PassageRule.of(method), keep=None if last else keep)[0]
     return rows
 
 
@@ -143,56 +141,4 @@ def _best_of_whole(model: Decoder, prompts: Sequence[Prompt], method: "GemFilter
     scores = scoring_pass.scores(
         model, ids, prompts, method, whole=True, document=document, width=bucket(max(map(len, ids)))
     )
-    return _chosen(list(scores), prompts, [np.arange(len(prompt)) for prompt in prompts], method)
-
-
-def _chosen(
-    scores: list[np.ndarray],
-    prompts: Sequence[Prompt],
-    candidates: list[np.ndarray],
-    method: "GemFilter",
-    *,
-    keep: int | None = None,
-) -> list[np.ndarray]:
-    """The kept tokens among each prompt's candidates; `scores` has a score for each candidate.
-
-    Args:
-      keep: number of tokens to keep for a further round, in prompt order; None for the method's budget and order.
-    """
-    width = bucket(max(map(len, candidates)))
-    padded = np.zeros((len(prompts), width), np.float32)
-    always = np.zeros(padded.shape, bool)
-    chunks = np.zeros(padded.shape, np.int32)
-    for row, (prompt, rows) in enumerate(zip(prompts, candidates, strict=True)):
-        padded[row, : len(rows)] = scores[row][: len(rows)]
-        always[row, : len(rows)] = prompt.required[rows] & (method.keep_required or keep is not None)
-        chunks[row, : len(rows)] = segments.chunks(prompt, method)[rows]
-        chunks[row, len(rows) :] = len(prompt)
-    kept = _select(
-        padded,
-        np.array([len(rows) for rows in candidates], np.int32),
-        keep=jnp.int32(keep or method.keep),
-        capacity=min(bucket(keep or method.keep), width),
-        share=None if keep or method.share is None else jnp.float32(method.share),
-        least=jnp.int32(method.least),
-        required=always,
-        pooling=method.pooling,
-        pool_size=method.pool_size,
-        chunks=chunks if method.chunk > 1 else None,
-    )
-    indices, counts, ranked = jax.device_get((kept.indices, kept.lengths, kept.ranked))
-    chosen = []
-    for row, (prompt, rows) in enumerate(zip(prompts, candidates, strict=True)):
-        best = rows[indices[row, : counts[row]]]
-        last = keep is None and method.order == "best_last"
-        chosen.append(_best_last(prompt, best, ranked[row, : counts[row]]) if last else best)
-    return chosen
-
-
-def _best_last(prompt: Prompt, rows: np.ndarray, ranked: np.ndarray) -> np.ndarray:
-    """Sort the document's passages (runs of adjacent rows) by their highest `ranked` value, the best passage last."""
-    start, stop = np.searchsorted(rows, [prompt.prefix_length, len(prompt) - prompt.suffix_length])
-    cuts = 1 + np.flatnonzero(np.diff(rows[start:stop]) > 1)
-    passages = [passage for passage in np.split(np.arange(start, stop), cuts) if len(passage)]
-    passages.sort(key=lambda passage: ranked[passage].max())
-    return rows[np.concatenate([np.arange(start), *passages, np.arange(stop, len(rows))])]
+    return passages.kept(list(scores), prompts, [np.arange(len(prompt)) for prompt in prompts], PassageRule.of(method))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar
 
 from gemfilter_jax import settings
 from gemfilter_jax.errors import UserError
-from gemfilter_jax.methods.base import Method, Progress
+from gemfilter_jax.methods.base import Method, Order, Pooling, Progress
 from gemfilter_jax.ops import Normalisation
 from gemfilter_jax.settings import option
 
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 FilterAttention = Literal["auto", "dense", "tri_shape"]
 FilterPrecision = Literal["float", "int8"]
-Order = Literal["text", "best_last"]
-Pooling = Literal["none", "mean", "max"]
 
 _FORMER_NAMES = {"window": "observation_window", "kernel": "pool_size"}
 

@@ -1,4 +1,4 @@
-"""Cuts a prompt into chunks, which are kept together, and segments, which pass through the filter separately."""
+"""Cuts a prompt into segments, which pass through the filter separately."""
 
 import itertools
 from collections.abc import Sequence
@@ -9,6 +9,8 @@ import numpy as np
 from gemfilter_jax.buckets import bucket
 from gemfilter_jax.config import ModelConfig
 from gemfilter_jax.errors import UserError
+from gemfilter_jax.methods import passages
+from gemfilter_jax.methods.passages import PassageRule
 from gemfilter_jax.text.prompt import Prompt
 
 if TYPE_CHECKING:
@@ -58,7 +60,7 @@ def pieces(config: ModelConfig, prompt: Prompt, rows: np.ndarray, method: "GemFi
     if len(rows) <= reach(config, method):
         return [document]
     room = _room(config, prompt, method)
-    numbers = chunks(prompt, method)[document]
+    numbers = passages.chunks(prompt, PassageRule.of(method))[document]
     start, cut = 0, []
     while start < len(document):
         left = len(document) - start
@@ -86,16 +88,3 @@ def groups(config: ModelConfig, method: "GemFilter", parts: Sequence[_Part], at_
     together = len(parts) // size * size
     starts = [*range(0, together, size), *range(together, len(parts), at_once), len(parts)]
     return [parts[start:stop] for start, stop in itertools.pairwise(starts)]
-
-
-def chunks(prompt: Prompt, method: "GemFilter") -> np.ndarray:
-    """int [S], chunk index of each token; new chunks begin at the document's first token and after its last one."""
-    rows = np.arange(len(prompt))
-    within = (rows >= prompt.prefix_length).astype(int) + (rows >= len(prompt) - prompt.suffix_length)
-    parts = np.stack([within, prompt.sentences if method.sentences else within])
-    begins = np.flatnonzero(np.diff(parts, axis=1, prepend=-1).any(axis=0))
-    sizes = np.diff(begins, append=len(prompt))
-    counts = -(-sizes // method.chunk)  # chunks that each part is cut into
-    lengths = -(-sizes // counts) if method.sentences else np.full_like(sizes, method.chunk)
-    part = np.repeat(np.arange(len(begins)), sizes)
-    return np.cumsum(np.append(0, counts))[part] + (rows - begins[part]) // lengths[part]

@@ -10,7 +10,8 @@ import tiny
 from flax import nnx
 
 from gemfilter_jax.errors import UserError
-from gemfilter_jax.methods.gemfilter import filtering, scoring_pass, segments
+from gemfilter_jax.methods import passages
+from gemfilter_jax.methods.gemfilter import filtering, scoring_pass
 from gemfilter_jax.methods.gemfilter.method import GemFilter
 from gemfilter_jax.models.transformer import Decoder
 from gemfilter_jax.text.prompt import Prompt
@@ -233,7 +234,7 @@ class TestChunks:
     )
     def test_chunks_never_reach_out_of_the_document(self, sentences, chunk, document):
         method = dataclasses.replace(_DEFAULT, chunk=chunk, sentences=sentences)
-        chunks = segments.chunks(self.prompt(2, 3), method)
+        chunks = passages.chunks(self.prompt(2, 3), passages.PassageRule.of(method))
         assert (np.diff(chunks) >= 0).all()
         first = chunks[2]
         assert (chunks[2:-3] - first).tolist() == list(document)

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemfilter_jax.methods.gemfilter.selection import best_by_bisection, best_by_sorting, chunk_scores, pool, select
+from gemfilter_jax.methods.selection import best_by_bisection, best_by_sorting, chunk_scores, pool, select
 from gemfilter_jax.ops.key_scores import score_keys
 
-_GOLDEN = Path(__file__).parents[2] / "golden" / "official_selection.npz"
+_GOLDEN = Path(__file__).parents[1] / "golden" / "official_selection.npz"
 _WIDTH = 24  # one width for all examples, so that each rule compiles once
 # Sums and means of whole numbers over these kernels and chunks are exact in float32, so that ties are ties.
 _RULES = {

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from gemfilter_jax.buckets import buckets_to
-from gemfilter_jax.methods.gemfilter.method import Pooling
+from gemfilter_jax.methods.base import Pooling
 
 _BEST_OF_CHUNK = 4  # a chunk's score is the mean of this many of its best tokens
 
