@@ -117,6 +117,12 @@ def option(
     return dataclasses.field(default=default, metadata={_OPTION: metadata})
 
 
+def option_of(owner: type, name: str, **changes: Any) -> Any:
+    """A dataclass field that is the option of this name of another dataclass, its default included unless changed."""
+    field = next(field for field in dataclasses.fields(owner) if field.name == name)
+    return dataclasses.field(**{"default": field.default, "metadata": field.metadata} | changes)
+
+
 @functools.cache
 def options_of(owner: type) -> tuple[Option, ...]:
     """The options among a dataclass's fields, in order."""

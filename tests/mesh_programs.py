@@ -15,7 +15,11 @@ from gemfilter_jax.checkpoints import HuggingFaceFolder
 from gemfilter_jax.checkpoints.weights import Loading
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.methods.base import Method
+from gemfilter_jax.methods.eviction import EvictingMethod
+from gemfilter_jax.methods.fastkv import FastKV
 from gemfilter_jax.methods.gemfilter.method import GemFilter
+from gemfilter_jax.methods.h2o import H2O
+from gemfilter_jax.methods.snapkv import SnapKV
 from gemfilter_jax.methods.streaming_llm import StreamingLLM
 from gemfilter_jax.models.transformer import Decoder
 from gemfilter_jax.parallel import sharding
@@ -30,6 +34,12 @@ _METHODS = {
 _OTHERS = {
     "paper": GemFilter.paper(filter_layer=2, keep=48),
     "int8": dataclasses.replace(_DEFAULT, filter_precision="int8", head_weights=None),
+}
+EVICTING: dict[str, EvictingMethod] = {
+    "streaming_llm": StreamingLLM(keep=48),
+    "snapkv": SnapKV(keep=48),
+    "h2o": H2O(keep=48),
+    "fastkv": FastKV(keep=48, filter_layer=1),
 }
 _WITH_ALL = MeshShape(2, 2, 2)  # the mesh on which the others and a document are tried, too
 
@@ -96,7 +106,7 @@ def main(folder: str, *meshes: str) -> None:
         if shape == _WITH_ALL or (shape is None and _WITH_ALL in shapes):
             # Prompts that are kept whole, filtered in one pass, and in segments.
             made |= {name: _answers(model, method, 20, 230, 700) for name, method in _OTHERS.items()}
-            made["streaming_llm"] = _answers(model, StreamingLLM(keep=48), 20, 230)
+            made |= {name: _answers(model, method, 20, 230) for name, method in EVICTING.items()}
             made["document"] = _document(model, cache)
     print(json.dumps(found))
 

@@ -1,4 +1,4 @@
-"""Passages: the chunks of a prompt, and which of them are kept, by a score for each token."""
+"""Passages: the chunks of a prompt, and which of them are kept by their scores."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -9,6 +9,7 @@ Callers pass it a hook that keeps, scores or records data at each layer.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -38,6 +39,8 @@ class Visit:
       x: [B, S, D], the layer's input.
       q: [B, S, H, E]. k, v: [B, S, G, E]. Queries and keys are rotated.
       sliding_window: how many keys a query sees, its own included; None for all before it. May be traced.
+      key_heads: G of the whole model; on a mesh, q, k and v hold this device's heads.
+      positions: int [B, S], the positions that a sliding window counts; None for 0 to S - 1.
     """
 
     layer: jax.typing.ArrayLike
@@ -46,6 +49,8 @@ class Visit:
     k: jax.Array
     v: jax.Array
     sliding_window: jax.typing.ArrayLike | None
+    key_heads: int
+    positions: jax.Array | None = None
 
 
 Hook = Callable[[Visit, Any], Any]
@@ -58,6 +63,11 @@ Attend = Callable[[Visit, Any], jax.Array]
 class Eviction(Protocol):
     """Which keys and values of a prompt a layer keeps. Hashable, to be a static argument of compiled programs."""
 
+    @property
+    def last_whole_layer(self) -> int | None:
+        """The last layer that reads the whole prompt; later ones read `propagated` tokens. None if all layers do."""
+        ...
+
     def slots(self, prompt: int) -> int:
         """How many cache slots a prompt of at most `prompt` tokens takes."""
         ...
@@ -69,8 +79,21 @@ class Eviction(Protocol):
           lengths: [B], number of real tokens in each row.
 
         Returns:
-          int [B, K], or [B, G, K] if key heads keep different tokens, with K = `slots(S)`: in each row min(K, length)
-          increasing indices into S, then the value S.
+          int [B, K], or [B, G, K] if key heads keep different tokens, with K = `slots` of the prompt: in each row
+          min(K, length) increasing indices into S, then the value S. On a mesh, G counts this device's key heads.
+        """
+        ...
+
+    def propagated_slots(self, prompt: int) -> int:
+        """How many tokens of a prompt of at most `prompt` tokens go on after `last_whole_layer`, at most."""
+        ...
+
+    def propagated(self, visit: Visit, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The tokens whose hidden states go on after `last_whole_layer`, by the data of that layer.
+
+        Returns:
+          int32 [B, T], T = `propagated_slots(S)`: increasing indices into S, the last real token's among them, then the
+          value S; and int32 [B], the number of indices below S, at least min(`slots(S)`, length).
         """
         ...
 
@@ -168,16 +191,20 @@ class Decoder(nnx.Module):
         attend: Attend,
         hook: Hook | None = None,
         state: Any = None,
+        start: int = 0,
+        positions: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
-        """Run the first layers. Prefill, prompts after a cached prefix, and decode steps all use this loop.
+        """Run layers. Prefill, prompts after a cached prefix, and decode steps all use this loop.
 
         Args:
-          x: [B, S, D], the input of the first layer. table: the rotary table of its positions.
+          x: [B, S, D], the input of layer `start`. table: the rotary table of its positions.
           lengths: [B], number of real tokens in each row.
-          layers: how many to run; may be traced, so that one compiled program serves every number.
+          layers: the layer to stop before; may be traced, so that one compiled program serves every number.
           attend: attention at a layer, see `among_themselves`.
           hook: called at each layer before attention; returns the new state.
           state: the hook's initial state.
+          start: the first layer to run.
+          positions: see `Visit`.
 
         Returns:
           The residual stream [B, S, D] that would enter the next layer, and the state.
@@ -190,11 +217,11 @@ class Decoder(nnx.Module):
             with jax.named_scope("layer"):
                 layer = self.layer(index)
                 q, k, v = layer.open(x, table, rows)
-                visit = Visit(index, x, q, k, v, self._window(index))
+                visit = Visit(index, x, q, k, v, self._window(index), self.config.kv_heads, positions)
                 state = state if hook is None else hook(visit, state)
                 return layer.close(x, attend(visit, state), rows), state
 
-        return jax.lax.fori_loop(0, layers, body, (x, state))
+        return jax.lax.fori_loop(start, layers, body, (x, state))
 
     def among_themselves(
         self, lengths: jax.Array, pattern: TriShape | None = None, positions: jax.Array | None = None
@@ -391,27 +418,88 @@ class Decoder(nnx.Module):
           float32 logits [B, V] of each row's last real position, and the filled cache.
         """
         extents = jnp.take_along_axis(positions, (lengths - 1)[:, None], axis=1)[:, 0] + 1
-        table = rotary_table(self.config, positions, extents)
+        x = self._embedded(ids)
+        if eviction is None:
+            x, cache = self._prefill_layers(x, positions, extents, lengths, hook=_keep, state=cache, gaps=gaps)
+            cache = cache.holding(positions, lengths)
+        else:
+            held = jnp.minimum(lengths, eviction.slots(ids.shape[1]))
+            x, lengths, cache = self._prefill_evicting(x, positions, extents, lengths, cache, eviction, gaps)
+            cache = cache.advanced_to(held)
+        last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
+        return self.logits(last), cache
+
+    def _prefill_layers(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        extents: jax.Array,
+        lengths: jax.Array,
+        *,
+        hook: Hook,
+        state: Any,
+        gaps: bool,
+        start: int = 0,
+        stop: int | None = None,
+    ) -> tuple[jax.Array, Any]:
+        """`forward` for tokens at int positions [B, S] of prompts of `extents` [B] positions; None stops at the end."""
         counted = positions if gaps and self.config.sliding_windows else None
-        attend = self.among_themselves(lengths, positions=counted)
+        return self.forward(
+            x,
+            rotary_table(self.config, positions, extents),
+            lengths,
+            start=start,
+            layers=self.config.layers if stop is None else stop,
+            attend=self.among_themselves(lengths, positions=counted),
+            hook=hook,
+            state=state,
+            positions=counted,
+        )
+
+    def _prefill_evicting(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        extents: jax.Array,
+        lengths: jax.Array,
+        cache: KVCache,
+        eviction: Eviction,
+        gaps: bool,
+    ) -> tuple[jax.Array, jax.Array, KVCache]:
+        """The residual stream [B, S or T, D] after the last layer, its lengths [B], and the filled cache."""
+        last_whole = eviction.last_whole_layer
 
         def keep_some(visit: Visit, cache: KVCache) -> KVCache:
-            assert eviction is not None
             return cache.write_some(visit.layer, visit.k, visit.v, eviction.kept(visit, lengths), positions)
 
-        x, cache = self.forward(
-            self._embedded(ids),
-            table,
-            lengths,
-            layers=self.config.layers,
-            attend=attend,
-            hook=_keep if eviction is None else keep_some,
-            state=cache,
+        run = functools.partial(self._prefill_layers, extents=extents)
+        if last_whole is None:
+            x, cache = run(x, positions, lengths=lengths, hook=keep_some, state=cache, gaps=gaps)
+            return x, lengths, cache
+
+        def keep_some_and_choose(visit: Visit, state: Any) -> Any:
+            cache, chosen = state
+            chosen = jax.lax.cond(
+                visit.layer == last_whole, lambda: eviction.propagated(visit, lengths), lambda: chosen
+            )
+            return keep_some(visit, cache), chosen
+
+        slots = eviction.propagated_slots(x.shape[1])
+        nothing = jnp.zeros((len(x), slots), jnp.int32), jnp.zeros_like(lengths)
+        x, (cache, (chosen, counts)) = run(
+            x,
+            positions,
+            lengths=lengths,
+            hook=keep_some_and_choose,
+            state=(cache, nothing),
+            gaps=gaps,
+            stop=last_whole + 1,
         )
-        last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        if eviction is None:
-            return self.logits(last), cache.holding(positions, lengths)
-        return self.logits(last), cache.advanced_to(jnp.minimum(lengths, eviction.slots(ids.shape[1])))
+        x = jnp.take_along_axis(x, chosen[..., None], axis=1, mode="fill", fill_value=0)
+        positions = jnp.take_along_axis(positions, chosen, axis=1, mode="fill", fill_value=0)
+        lengths = counts
+        x, cache = run(x, positions, lengths=lengths, hook=keep_some, state=cache, gaps=True, start=last_whole + 1)
+        return x, lengths, cache
 
     def decode_step(self, ids: jax.Array, positions: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """One decode step: ids [B] at positions [B] -> float32 logits [B, V] and the cache with the new tokens."""

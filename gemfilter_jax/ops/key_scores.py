@@ -3,6 +3,7 @@
 Axes: B batch, S prompt tokens, W observation rows, H query heads, G key/value heads, E head width.
 """
 
+import functools
 from collections.abc import Callable
 from types import ModuleType
 from typing import Literal
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 from einops import rearrange, reduce
 
 from gemfilter_jax.ops import Normalisation
+from gemfilter_jax.ops.attention.visibility import refuse_positions
 from gemfilter_jax.ops.dispatch import Dispatcher
 from gemfilter_jax.parallel import collectives
 from gemfilter_jax.parallel.shards import SequenceShards
@@ -34,6 +36,7 @@ def score_keys(
     head_weights: jax.Array,
     normalisation: Normalisation,
     window: jax.typing.ArrayLike | None = None,
+    positions: jax.Array | None = None,
     scale: float | None = None,
     sequence: SequenceShards | None = None,
     implementation: Implementation | None = None,
@@ -41,7 +44,7 @@ def score_keys(
     """The score of every key, summed over observation rows and weighted heads.
 
     Args:
-      q: [B, W, H, E], queries after rotary. rows: int [B, W], their positions below S; negative rows do not count.
+      q: [B, W, H, E], queries after rotary. rows: int [B, W], their indices below S; negative rows do not count.
       k: [B, S, G, E], keys after rotary.
       head_weights: float [H], or [N, H] for N weightings at once: `jnp.eye(H)` gives each head's own scores,
         `jnp.repeat(jnp.eye(G), H // G, axis=1)` gives each key head's.
@@ -52,6 +55,7 @@ def score_keys(
         "sink": exp(logit - logit of key 0). Unlike each segment's own softmax, this is comparable between segments
         that share their first tokens.
       window: how many keys a row sees, its own included, may be traced; None for all before it. Not for "none".
+      positions: int [B, S], increasing along a row; `window` counts these positions. None for 0 to S - 1.
       scale: factor of the inner products; None for E**-0.5. Not for "none".
       sequence: how the surrounding program shards keys over the mesh's seq axis; k and the scores are then this
         device's shard. None if k is whole. If heads are sharded, q, k and `head_weights` are this device's shard.
@@ -74,7 +78,7 @@ def score_keys(
             from_sink = normalisation == "sink"
             scores = _scores_of_shard(q, rows, k, weighted, from_sink, window, factor, sequence, implementation)
         else:
-            scores = _scores(q, rows, k, weighted, normalisation, window, factor, implementation)
+            scores = _scores(q, rows, k, weighted, normalisation, window, factor, implementation, positions)
         return collectives.psum(scores, "model")
 
 
@@ -87,6 +91,7 @@ def _scores(
     window: jax.typing.ArrayLike | None,
     scale: float,
     implementation: Implementation | None,
+    positions: jax.Array | None = None,
     merge: Merge | None = None,
 ) -> jax.Array:
     if normalisation == "none":
@@ -97,9 +102,13 @@ def _scores(
         return jnp.einsum("b...ge,bsge->b...s", summed, k, precision="highest", preferred_element_type=jnp.float32)
 
     def serve(name: str) -> jax.Array:
-        if name == "pallas" and implementation is None:
-            _refuse_what_xla_would_partition()
-        return (_masses if name == "xla" else _kernels().masses)(
+        masses = functools.partial(_masses, positions=positions)
+        if name == "pallas":
+            if implementation is None:
+                _refuse_what_xla_would_partition()
+            refuse_positions(positions, window)
+            masses = _kernels().masses
+        return masses(
             q,
             rows,
             k,
@@ -153,7 +162,7 @@ def _scores_of_shard(
         None,
         scale,
         implementation,
-        merge,
+        merge=merge,
     )
     return rearrange(scores, "(p b) ... s -> b ... (p s)", p=sequence.pieces)
 
@@ -166,6 +175,7 @@ def score_keys_by_all_rows(
     head_weights: jax.Array,
     normalisation: Normalisation,
     window: jax.typing.ArrayLike | None = None,
+    positions: jax.Array | None = None,
     scale: float | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
@@ -191,6 +201,7 @@ def score_keys_by_all_rows(
             head_weights=head_weights,
             normalisation=normalisation,
             window=window,
+            positions=positions,
             scale=scale,
             implementation=implementation,
         )
@@ -226,6 +237,7 @@ def _masses(
     scale: float,
     largest_exponent: float,
     merge: Merge | None,
+    positions: jax.Array | None = None,
 ) -> jax.Array:
     length, groups = k.shape[1], k.shape[2]
     block = min(_BLOCK, length)
@@ -233,10 +245,21 @@ def _masses(
     key_blocks = rearrange(key_blocks, "b (n s) g e -> n b g s e", s=block)
     queries = rearrange(q.astype(jnp.float32) * scale, "b w (g r) e -> b g r w e", g=groups)
 
+    of_slots = None if positions is None else jnp.pad(positions, ((0, 0), (0, -length % block)))
+
+    def between(index):
+        """Distances [B, W, block] of the rows' positions from those of a block of keys."""
+        assert positions is not None and of_slots is not None
+        own = jnp.take_along_axis(positions, jnp.maximum(rows, 0), axis=1)
+        of_keys = jax.lax.dynamic_slice_in_dim(of_slots, index * block, block, axis=1)
+        return own[..., None] - of_keys[:, None]
+
     def logits(index, keys):
         products = jnp.einsum("bgrwe,bgse->bgrws", queries, keys.astype(jnp.float32), precision="highest")
         distance = rows[..., None] - (index * block + jnp.arange(block))
-        seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+        seen = distance >= 0
+        if window is not None:
+            seen &= (distance if positions is None else between(index)) < window
         return jnp.where(seen[:, None, None], products, -jnp.inf)
 
     numbered = (jnp.arange(len(key_blocks)), key_blocks)

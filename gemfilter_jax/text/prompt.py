@@ -37,6 +37,7 @@ class Prompt:
       prefix_length: tokens before the document: the start of the template.
       suffix_length: tokens after the document: the question and the assistant header. Without a question, the
         document's last `observation_rows` tokens (see `encode`) and the assistant header.
+      question: the question, or the text of the document's tokens that stand for it.
     """
 
     text: str
@@ -44,6 +45,7 @@ class Prompt:
     offsets: np.ndarray
     prefix_length: int
     suffix_length: int
+    question: str = ""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -121,7 +123,10 @@ def encode(
     if question is None:
         suffix_length = min(suffix_length + observation_rows, len(offsets) - prefix_length)
     ids = np.asarray(encoded["input_ids"], np.int32)
-    return Prompt(text, ids, np.clip(offsets - first, 0, len(text)), prefix_length, suffix_length)
+    within = np.clip(offsets - first, 0, len(text))
+    if question is None:
+        question = text[within[len(ids) - suffix_length, 0] :] if suffix_length else ""
+    return Prompt(text, ids, within, prefix_length, suffix_length, question)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+import mesh_programs
 import numpy as np
 import pytest
 import tiny
@@ -70,7 +71,8 @@ def test_a_mesh_keeps_and_answers_what_one_device_does(family, meshes):
     assert len(found) == (len(meshes) or 10 + 6)
     counts = {"dense": len(found) - len(refused), "answers": 6 if meshes is _EVERY else len(found) - len(refused)}
     counts["tri_shape"] = counts["dense"]
-    assert compared == counts | (dict.fromkeys(("paper", "int8", "streaming_llm", "document"), 1) if with_all else {})
+    once = ("paper", "int8", "document", *mesh_programs.EVICTING) if with_all else ()
+    assert compared == counts | dict.fromkeys(once, 1)
 
 
 _LONG = 2**18

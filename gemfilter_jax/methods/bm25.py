@@ -1,0 +1,39 @@
+"""BM25 (Robertson et al. 1994)."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+from gemfilter_jax.methods.text_passages import TextPassages
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from gemfilter_jax.text.prompt import Prompt
+
+
+@dataclasses.dataclass(frozen=True)
+class BM25(TextPassages):
+    """Keep the passages that share the rarest words with the question, by the library `bm25s` at its defaults.
+
+    Words are lower-cased runs of letters and digits. Each passage counts as a document. The baseline that needs no
+    model.
+    """
+
+    variants: ClassVar[Mapping[str, str]] = {"bm25": "passages that share words with the question, no model needed"}
+
+    def scores(self, prompt: "Prompt", passages: "Sequence[str]") -> "np.ndarray":
+        """See `TextPassages`."""
+        import bm25s
+        import numpy as np
+
+        *corpus, question = bm25s.tokenize(
+            [*passages, prompt.question], stopwords=None, return_ids=False, show_progress=False
+        )
+        known = set().union(*corpus)
+        asked = [word for word in question if word in known]
+        if not asked:
+            return np.zeros(len(passages), np.float32)
+        index = bm25s.BM25()
+        index.index(corpus, show_progress=False)
+        return index.get_scores(asked)
