@@ -360,28 +360,42 @@ class Document:
         self,
         question: str,
         *,
+        method: Method | None = None,
         max_new_tokens: int = 128,
         sampling: Sampling = GREEDY,
         seed: int = 0,
         on_text: Callable[[str], None] | None = None,
         progress: Progress | None = None,
     ) -> Result:
-        """Answer a question as `Pipeline.generate` does; if the text was read for it, `timings` contains "read"."""
-        watch = Stopwatch()
-        prompt, kept = self._filter(question, watch, progress)
-        return self._model._answer([prompt], [kept], self._method, max_new_tokens, sampling, [seed], watch, on_text)[0]
+        """Answer a question as `Pipeline.generate` does; if the text was read for it, `timings` contains "read".
 
-    def select(self, question: str, *, progress: Progress | None = None) -> tuple[KeptText, dict[str, float]]:
-        """The kept tokens and passages for a question, and seconds per stage; see `Pipeline.select`."""
-        _check_selects(self._method)
-        watch = Stopwatch()
-        prompt, kept = self._filter(question, watch, progress)
+        Args:
+          method: the document's method with other options for this question; another budget reads nothing anew.
+        """
+        watch, method = Stopwatch(), self._variant(method)
+        prompt, kept = self._filter(question, method, watch, progress)
+        return self._model._answer([prompt], [kept], method, max_new_tokens, sampling, [seed], watch, on_text)[0]
+
+    def select(
+        self, question: str, *, method: Method | None = None, progress: Progress | None = None
+    ) -> tuple[KeptText, dict[str, float]]:
+        """The kept tokens and passages for a question, and seconds per stage; see `Pipeline.select` and `ask`."""
+        watch, method = Stopwatch(), self._variant(method)
+        _check_selects(method)
+        prompt, kept = self._filter(question, method, watch, progress)
         return _kept_text(prompt, kept), watch.timings
 
-    def _filter(self, question: str, watch: Stopwatch, progress: Progress | None) -> tuple[Prompt, np.ndarray]:
+    def _variant(self, method: Method | None) -> Method:
+        if method is not None and type(method) is not type(self._method):
+            raise UserError(f"the document was opened for {type(self._method).__name__}; give options of that method")
+        return method or self._method
+
+    def _filter(
+        self, question: str, method: Method, watch: Stopwatch, progress: Progress | None
+    ) -> tuple[Prompt, np.ndarray]:
         with watch.stage("tokenize"):
-            prompt = self._model._encode(self._text, question, self._method)
-        return prompt, self._reader.select(prompt, watch=watch, progress=progress)
+            prompt = self._model._encode(self._text, question, method)
+        return prompt, self._reader.select(prompt, method=method, watch=watch, progress=progress)
 
 
 def _check_selects(method: Method) -> None:

@@ -14,10 +14,11 @@ from gemfilter_jax.parallel import processes
 
 FLAGS = flags.FlagValues()
 options.define_model(FLAGS)
-options.define_filter(FLAGS)
+options.define_filter(FLAGS, budgets=True)
 options.define_options(FLAGS, ["order"])
 options.define_comparison(FLAGS, lengths=["1024", "2048", "4096"])
 options.define_distributed(FLAGS)
+flags.DEFINE_string("output", None, "Write the result as JSON to this file.", flag_values=FLAGS)
 flags.DEFINE_integer("max_new_tokens", 32, "Tokens that every run generates.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer(
     "repeats", 3, "Timed runs of each method, after one run to compile.", lower_bound=1, flag_values=FLAGS
@@ -38,7 +39,7 @@ def main(_: list[str]) -> None:
     from gemfilter_jax.reporting import terminal
 
     model = options.load_pipeline(FLAGS)
-    methods = options.compared_methods(FLAGS, model)
+    methods = {one.label: one.method for one in options.contestants(FLAGS, model)}
     rows = []
     with terminal.status(options.console(), "measuring"):
         for made in bench.run(model, methods, lengths, new_tokens=FLAGS.max_new_tokens, repeats=FLAGS.repeats):

@@ -14,14 +14,22 @@ _MISTAKE = 2
 _INTERRUPTED = 130
 
 
-def run(main: Callable[[list[str]], None], values: flags.FlagValues, doc: str, *, positional: str = "") -> None:
+def run(
+    main: Callable[[list[str]], None],
+    values: flags.FlagValues,
+    doc: str,
+    *,
+    positional: str = "",
+    several: bool = False,
+) -> None:
     """Run an absl main with flags of its own.
 
     Args:
       main: called with the positional arguments.
       values: the command's flags.
       doc: the help text above the list of flags.
-      positional: what one positional argument means; empty if none is taken.
+      positional: what a positional argument means; empty if none is taken.
+      several: whether more than one is taken.
     """
     # Hub libraries speak up at import; what they say is about PyTorch, which is not needed here.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -37,7 +45,7 @@ def run(main: Callable[[list[str]], None], values: flags.FlagValues, doc: str, *
             arguments = values(argv)
         except flags.Error as error:
             _fail(argv[0], str(error))
-        if len(arguments) - 1 > bool(positional):
+        if len(arguments) - 1 > bool(positional) and not several:
             _fail(argv[0], f"unexpected argument {arguments[-1]!r}; flags begin with --")
         flags.FLAGS.mark_as_parsed()
         if flags.FLAGS["verbosity"].using_default_value:

@@ -1,38 +1,38 @@
-"""Answer the questions of an evaluation task by one method or several, and print their scores.
+"""Answer the questions of a task by one method or several, and print their scores.
 
-gemfilter evaluate --lengths=2048 --keep=512
-gemfilter evaluate --lengths=32000 --keep=1024 --method=default
-gemfilter evaluate --questions=held_out --lengths=2048 --keep=512
+gemfilter evaluate --task=needles --lengths=2048,4096 --keep=256,512 --method=full,default,bm25
+gemfilter evaluate --task=hidden_facts --lengths=4096 --keep=512 --output=facts.jsonl
+gemfilter evaluate --task=real_questions --questions_file=questions.jsonl --method=default,bm25 --output=real.jsonl
+
+With --output each result is written as it comes, and a run that was stopped goes on from there. gemfilter compare makes
+tables and plots of such files.
 """
 
 import dataclasses
-import json
-from typing import TYPE_CHECKING, Any
+import pathlib
+from typing import TYPE_CHECKING
 
 from absl import flags
 
-from gemfilter_jax import files
 from gemfilter_jax.cli import command, options
 from gemfilter_jax.errors import UserError
-from gemfilter_jax.evals import summary
+from gemfilter_jax.evals import result_file
 from gemfilter_jax.evals.tasks import TASKS
 from gemfilter_jax.parallel import processes
 from gemfilter_jax.settings import Option
 
 if TYPE_CHECKING:  # commands parse their flags before they import JAX, so that a mistake is told at once
-    from collections.abc import Mapping, Sequence
+    from typing import Any
 
-    from gemfilter_jax.evals.example import Outcome
+    from gemfilter_jax.evals.runner import Contestant
     from gemfilter_jax.evals.task import Task
-    from gemfilter_jax.methods.base import Method
-
-_SHARED_COLUMNS = ("method", "text tokens", "keep")
+    from gemfilter_jax.pipeline import Pipeline
 
 
 def _define_tasks(values: flags.FlagValues) -> None:
-    """Define --questions, and a flag for each option of the tasks; tasks may share option names."""
+    """Define --task, and a flag for each option of the tasks; tasks may share option names."""
     told = " ".join(f"{name}: {_first_paragraph(task)}" for name, task in TASKS.items())
-    flags.DEFINE_enum("questions", next(iter(TASKS)), list(TASKS), f"The task. {told}", flag_values=values)
+    flags.DEFINE_enum("task", next(iter(TASKS)), list(TASKS), f"The task. {told}", flag_values=values)
     shared: dict[str, Option] = {}
     helps: dict[str, list[str]] = {}
     for task in TASKS.values():
@@ -51,60 +51,98 @@ def _first_paragraph(task: "type[Task]") -> str:
 
 FLAGS = flags.FlagValues()
 options.define_model(FLAGS)
-options.define_filter(FLAGS)
+options.define_filter(FLAGS, budgets=True)
 options.define_options(FLAGS, ["order"])
 options.define_comparison(FLAGS, lengths=["2048"])
 options.define_distributed(FLAGS)
+flags.DEFINE_string(
+    "output", None, "Write the results to this file, a JSON object a line; go on if it exists.", flag_values=FLAGS
+)
+flags.DEFINE_string(
+    "shard",
+    None,
+    "Part of the texts to ask about, as I/N: of N parts the one numbered I, from 1. Each needs its own --output.",
+    flag_values=FLAGS,
+)
+flags.DEFINE_bool(
+    "answer", True, "Answer the questions; if not, only what methods keep of the texts is scored.", flag_values=FLAGS
+)
 _define_tasks(FLAGS)
 
 
 def main(_: list[str]) -> None:
     """Run the command."""
-    if FLAGS.output and processes.is_first():
-        files.check_writable(FLAGS.output, "output")
     lengths = options.lengths(FLAGS)
     task = _chosen_task()
+    if not task.sized and FLAGS["lengths"].present:
+        raise UserError(f"--lengths means nothing to --task={task.name}, whose texts have lengths of their own")
+    shard = _shard()
 
     from rich.console import Console
-    from rich.progress import track
 
-    from gemfilter_jax.evals import bench, runner
-    from gemfilter_jax.reporting import terminal
+    from gemfilter_jax.evals import runner
+    from gemfilter_jax.reporting import score_tables, terminal
 
     model = options.load_pipeline(FLAGS)
-    methods = options.compared_methods(FLAGS, model)
-    heading = {
-        "command": "evaluate",
-        "task": task.name,
-        "model": model.checkpoint.name,
-        "dtype": str(model.checkpoint.model.dtype),
-        "environment": bench.environment(),
-    }
-    if task.settings:
-        heading["questions"] = task.settings
+    contestants = options.contestants(FLAGS, model)
     progress = options.console()
     with terminal.status(progress, "making examples"):
-        examples = [one for length in lengths for one in task.examples(model.checkpoint.tokenizer, length)]
-    outcomes: dict[str, list[Outcome]] = {name: [] for name in methods}
-    asked = runner.run(model, task, methods, examples)
-    total, quiet = len(examples) * len(methods), not progress.is_terminal
-    for name, outcome in track(asked, "asking", total=total, console=progress, transient=True, disable=quiet):
-        outcomes[name].append(outcome)
-        if FLAGS.output and processes.is_first():  # after each answer, so that a run cut short leaves what it has
-            files.write_whole(FLAGS.output, json.dumps(heading | _result(task, methods, outcomes), indent=1) + "\n")
-    if not processes.is_first():
-        return
-    table = terminal.table(f"{task.title}, {model.checkpoint.name}", *_table(task, methods, outcomes))
-    Console().print(table)
+        tokenizer = model.checkpoint.tokenizer
+        asked = runner.trials(task, tokenizer, lengths, contestants, shard=shard)
+    heading = _heading(task, lengths, contestants, model)
+    path = pathlib.Path(FLAGS.output) if FLAGS.output and processes.is_first() else None
+    done = result_file.resume(path, heading, asked) if path else result_file.ResultFile(heading, ())
+    lines = list(done.lines)
+    with score_tables.running(progress, lines, len(asked), heading["main_score"]) as report:
+        for trial, outcome in runner.run(model, task, asked[len(lines) :], answer=FLAGS.answer):
+            lines.append(result_file.Line.of(trial, outcome))
+            if path:
+                result_file.append(path, lines[-1])
+            report(lines[-1])
+    if processes.is_first():
+        Console().print(score_tables.rich_table(result_file.ResultFile(heading, tuple(lines))))
+
+
+def _heading(task: "Task", lengths: list[int], contestants: "list[Contestant]", model: "Pipeline") -> "dict[str, Any]":
+    """What a result file says of its run."""
+    from gemfilter_jax.evals import bench
+
+    return {
+        "command": "evaluate",
+        "task": task.name,
+        "title": task.title,
+        "answer": FLAGS.answer,
+        "main_score": task.main_score if FLAGS.answer else "kept",
+        "options": task.settings,
+        "lengths": lengths if task.sized else None,
+        "methods": [{"method": one.name, "keep": one.keep, "options": one.method.fields} for one in contestants],
+        "model": model.checkpoint.name,
+        "dtype": str(model.checkpoint.model.dtype),
+        "weights": FLAGS.weights,
+        "chat_template": model.chat_template and bool(model.checkpoint.tokenizer.chat_template),
+        "message_format": model.message_format,
+        "shard": FLAGS.shard,
+        "environment": bench.environment(),
+    }
+
+
+def _shard() -> tuple[int, int]:
+    """--shard as (index from 0, number of parts)."""
+    if FLAGS.shard is None:
+        return 0, 1
+    index, slash, count = FLAGS.shard.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+        raise UserError(f"--shard={FLAGS.shard}: expected I/N with I from 1 to N, such as 2/8")
+    return int(index) - 1, int(count)
 
 
 def _chosen_task() -> "Task":
-    """The task of --questions with the options that were given.
+    """The task of --task with the options that were given.
 
     Raises:
       UserError: an option belongs to another task or is out of bounds.
     """
-    chosen = TASKS[FLAGS.questions]
+    chosen = TASKS[FLAGS.task]
     own = {one.name: one for one in chosen.options()}
     given = {}
     for name in dict.fromkeys(one.name for task in TASKS.values() for one in task.options()):
@@ -113,50 +151,12 @@ def _chosen_task() -> "Task":
         if name not in own:
             others = [task.name for task in TASKS.values() if name in (one.name for one in task.options())]
             raise UserError(
-                f"--{name} means nothing to --questions={chosen.name}; "
-                f"give {' or '.join(f'--questions={other}' for other in others)} as well"
+                f"--{name} means nothing to --task={chosen.name}; "
+                f"give {' or '.join(f'--task={other}' for other in others)} as well"
             )
         given[name] = FLAGS[name].value
         own[name].check(given[name], f"--{name}={given[name]}: ")
     return chosen(**given)
-
-
-def _table(
-    task: "Task", methods: "Mapping[str, Method]", outcomes: "Mapping[str, Sequence[Outcome]]"
-) -> tuple[list[str], list[list[str]]]:
-    """The columns, and the cells of each method at each length for which answers exist so far."""
-    columns = task.columns or summary.columns_of(next(one.scores for own in outcomes.values() for one in own))
-    rows = []
-    for name, method in methods.items():
-        keep = "all" if method.budget is None else f"{method.budget:,}"
-        for tokens, counted in summary.by_length(outcomes[name]).items():
-            rows.append([name, f"{tokens:,}", keep, *(column.cell(counted) for column in columns)])
-    return [*_SHARED_COLUMNS, *(column.heading for column in columns)], rows
-
-
-def _result(
-    task: "Task", methods: "Mapping[str, Method]", outcomes: "Mapping[str, Sequence[Outcome]]"
-) -> dict[str, Any]:
-    columns, rows = _table(task, methods, outcomes)
-    return {
-        "rows": [dict(zip(columns, row, strict=True)) for row in rows],
-        "cases": [{"method": name, **_fields(one)} for name, own in outcomes.items() for one in own],
-    }
-
-
-def _fields(outcome: "Outcome") -> dict[str, Any]:
-    """The JSON fields of an outcome."""
-    example = outcome.example
-    return {
-        "tokens": example.tokens,
-        "name": example.name,
-        "depth": None if example.depth is None else round(example.depth, 3),
-        "question": example.question,
-        "expected": example.references,
-        "answer": outcome.answer,
-        **{name: value if isinstance(value, bool) else round(value, 3) for name, value in outcome.scores.items()},
-        "seconds": {stage: round(seconds, 2) for stage, seconds in outcome.timings.items()},
-    }
 
 
 def run() -> None:

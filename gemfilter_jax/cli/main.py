@@ -5,6 +5,7 @@
   gemfilter select     print what is kept of a text
   gemfilter bench      time methods on this device, full attention among them
   gemfilter evaluate   score methods on questions about long texts
+  gemfilter compare    make tables and plots of what evaluate has written
   gemfilter calibrate  find the layer and heads that pick best in a model, and write them as a preset
   gemfilter fetch      get a model
   gemfilter convert    write a model as a checkpoint that loads straight onto many devices
@@ -18,7 +19,7 @@ import importlib
 import importlib.metadata
 import sys
 
-COMMANDS = ("generate", "chat", "select", "bench", "evaluate", "calibrate", "fetch", "convert", "plan")
+COMMANDS = ("generate", "chat", "select", "bench", "evaluate", "compare", "calibrate", "fetch", "convert", "plan")
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # commands parse their flags before they import JAX, so that 
     from rich.console import Console
 
     from gemfilter_jax.config import ModelConfig
+    from gemfilter_jax.evals.runner import Contestant
     from gemfilter_jax.methods.presets import Preset
     from gemfilter_jax.pipeline import KeptText, Pipeline, Result
 
@@ -116,22 +117,29 @@ def joined(values: flags.FlagValues) -> contextlib.AbstractContextManager[None]:
     return processes.joined(coordinator, count, number)
 
 
-def define_filter(values: flags.FlagValues) -> None:
-    """Define --preset, --keep, --filter_layer, and the flags for the layers below the filter layer."""
+def define_filter(values: flags.FlagValues, *, budgets: bool = False) -> None:
+    """Define --preset, --keep, --filter_layer, and the flags for the layers below the filter layer.
+
+    Args:
+      budgets: whether --keep takes several, separated by commas.
+    """
     flags.DEFINE_string(
         "preset", None, "JSON file with the model's filter settings. Default: built in.", flag_values=values
     )
     flags.DEFINE_string(
         "keep",
         None,
-        "Tokens to keep. auto: as many as hold a share of the score, at most the preset's number. Default: the "
-        "preset's choice.",
+        "Tokens to keep. auto: as many as hold a share of the score, at most the preset's number. "
+        + ("Several, separated by commas, are compared. " if budgets else "")
+        + "Default: the preset's choice.",
         flag_values=values,
     )
     flags.register_validator(
         "keep",
-        lambda keep: keep in (None, "auto") or _is_count(keep),
-        message="expected auto or a whole number of at least 1",
+        lambda keep: (
+            keep is None or all(one == "auto" or _is_count(one) for one in (keep.split(",") if budgets else [keep]))
+        ),
+        message="expected auto or a whole number of at least 1" + (", or several with commas" if budgets else ""),
         flag_values=values,
     )
     define_options(values, _FILTER_OPTIONS)
@@ -227,23 +235,45 @@ def answer_settings(values: flags.FlagValues) -> dict[str, Any]:
 
 
 def define_comparison(values: flags.FlagValues, lengths: list[str]) -> None:
-    """Define --method, the options of methods, --lengths and --output, for commands that compare methods."""
+    """Define --method, the options of methods, and --lengths, for commands that compare methods."""
     told = "; ".join(f"{name}: {one.variants[name]}" for name, one in methods.VARIANTS.items())
-    flags.DEFINE_multi_enum(
+    flags.DEFINE_multi_string(
         "method",
         list(_COMPARED),
-        list(methods.VARIANTS),
-        f"Method to compare; may be given several times. {told}.",
+        f"Methods to compare, separated by commas; may be given several times. {told}.",
         flag_values=values,
     )
-    for method in methods.METHODS:
-        if method is not GemFilter:
-            for one in method.options():
-                if one.name not in values:
-                    name = " and ".join(method.variants)
-                    define_option(values, one, None, f" Of {name}. Default: {one.default}.")
+    flags.register_validator(
+        "method",
+        lambda given: all(name in methods.VARIANTS for name in _separated(given)),
+        message=f"expected names among {', '.join(methods.VARIANTS)}",
+        flag_values=values,
+    )
+    _define_options_of_methods(values)
     flags.DEFINE_list("lengths", lengths, "Lengths of the texts in tokens, separated by commas.", flag_values=values)
-    flags.DEFINE_string("output", None, "Write the result as JSON to this file.", flag_values=values)
+
+
+def _separated(given: "Sequence[str]") -> list[str]:
+    """Names in lists with commas, each once."""
+    return list(dict.fromkeys(name for names in given for name in names.split(",")))
+
+
+def _define_options_of_methods(values: flags.FlagValues) -> None:
+    """Define a flag for each option of the methods that has none yet; methods may share option names."""
+    owners: dict[str, list[type[Method]]] = {}
+    for method in methods.METHODS:
+        for one in method.options():
+            if one.name not in values and not one.several and one.stored:
+                owners.setdefault(one.name, []).append(method)
+    for name, having in owners.items():
+        if having == [GemFilter]:
+            continue
+        own = {method: next(one for one in method.options() if one.name == name) for method in having}
+        defaults = ", ".join(
+            f"{' and '.join(method.variants)} {'the preset' + chr(39) + 's' if method is GemFilter else one.default}"
+            for method, one in own.items()
+        )
+        define_option(values, own[having[-1]], None, f" Default: {defaults}.")
 
 
 def read_prompt(values: flags.FlagValues) -> str:
@@ -315,18 +345,20 @@ def chosen_method(values: flags.FlagValues, model: "Pipeline") -> Method:
     """The method of --rule with the given flags over the model's preset; prints a note if the model has no preset."""
     if model.preset.name == "none" and values.filter_layer is None and processes.is_first():
         print(model.preset.source, file=sys.stderr)
-    method = methods.make(values.rule, model.preset, **_given(values))
+    method = methods.make(values.rule, model.preset, **_given(values) | _budget(values.keep))
     method.check(model.checkpoint.model)
     return method
 
 
 def _given(values: flags.FlagValues) -> dict[str, Any]:
-    """The options of methods that were given as flags."""
-    names = set[str]().union(*map(_names, methods.METHODS))
-    given = {name: values[name].value for name in names if name in values and values[name].value is not None}
-    if (keep := given.get("keep")) is not None and keep != "auto":
-        given["keep"] = int(keep)
-    return given
+    """The options of methods that were given as flags, but for the budget."""
+    names = set[str]().union(*map(_names, methods.METHODS)) - {"keep"}
+    return {name: values[name].value for name in names if name in values and values[name].value is not None}
+
+
+def _budget(keep: str | None) -> dict[str, int | str]:
+    """--keep as an option of a method; empty if it was not given."""
+    return {} if keep is None else {"keep": keep if keep == "auto" else int(keep)}
 
 
 def lengths(values: flags.FlagValues) -> list[int]:
@@ -337,21 +369,29 @@ def lengths(values: flags.FlagValues) -> list[int]:
     return [int(length) for length in values.lengths]
 
 
-def compared_methods(values: flags.FlagValues, model: "Pipeline") -> dict[str, Method]:
-    """The methods of --method, each with those of the given flags that are its options.
+def contestants(values: flags.FlagValues, model: "Pipeline") -> "list[Contestant]":
+    """The methods of --method with the budgets of --keep, each with those of the given flags that are its options.
 
     Raises:
       UserError: a flag is an option of none of them, or a method cannot serve the model.
     """
-    given = _given(values)
-    known = set[str]().union(*(_names(methods.VARIANTS[name]) for name in values.method))
-    if strangers := sorted(set(given) - known):
+    from gemfilter_jax.evals.runner import Contestant
+
+    given, names = _given(values), _separated(values.method)
+    known = set[str]().union(*(_names(methods.VARIANTS[name]) for name in names))
+    if strangers := sorted({*given, *_budget(values.keep and "1")} - known):
         others = [name for name in methods.VARIANTS if strangers[0] in _names(methods.VARIANTS[name])]
-        raise UserError(f"--{strangers[0]} means nothing to --method={','.join(values.method)}; it is for {others[0]}")
-    made = {name: methods.make(name, model.preset, **given) for name in values.method}
-    for method in made.values():
-        method.check(model.checkpoint.model)
-    return made
+        raise UserError(f"--{strangers[0]} means nothing to --method={','.join(names)}; it is for {others[0]}")
+    budgets = list(dict.fromkeys(values.keep.split(","))) if values.keep is not None else [None]
+    made: dict[str, Contestant] = {}
+    for name in names:
+        for keep in budgets:
+            method = methods.make(name, model.preset, **given | _budget(keep))
+            method.check(model.checkpoint.model)
+            shown = "all" if method.budget is None else "auto" if keep == "auto" else method.budget
+            one = Contestant(name, shown, method)
+            made[one.label] = one
+    return list(made.values())
 
 
 def _names(method: type[Method]) -> set[str]:

@@ -43,10 +43,13 @@ class Outcome:
     Attributes:
       answer: the model's text.
       scores: the task's scores of the answer and, where the method keeps text, of what it kept.
+      prompt_tokens: tokens of the whole prompt.
       timings: seconds per stage; see `pipeline.Result`.
+      error: why there is no answer; None if there is one.
     """
 
-    example: Example
-    answer: str
-    scores: Mapping[str, float]
-    timings: Mapping[str, float]
+    answer: str = ""
+    scores: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    prompt_tokens: int | None = None
+    timings: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    error: str | None = None

@@ -1,9 +1,10 @@
-"""Long texts to hide facts in: shuffled paragraphs, cut to a number of tokens."""
+"""Long texts to hide facts in: shuffled paragraphs, cut to a number of tokens, and places for facts in them."""
 
 import dataclasses
 import importlib.resources
 import pathlib
 import random
+import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:  # commands check a folder of texts before they import the res
 _LEAST_CHARACTERS = 4_000
 _CHARACTERS_PER_TOKEN = 5  # a first guess
 _SUFFIXES = (".md", ".txt")
+_SENTENCE_END = re.compile(r"""(?<!\b[A-Z])(?<!\bMr)(?<!\bMrs)(?<!\bDr)(?<!\bSt)[.!?]["'”’)]*(?= ["'“‘(]?[A-Z])""")
+_PARAGRAPH_BREAK = "\n\n"
 
 
 def built_in(name: str) -> tuple[str, ...]:
@@ -92,3 +95,59 @@ def _shuffled(paragraphs: Sequence[str], seed: int) -> Iterator[str]:
     order = random.Random(seed)
     while True:
         yield from order.sample(paragraphs, len(paragraphs))
+
+
+def tokens_besides(tokenizer: "PreTrainedTokenizerBase", facts: Sequence[str], tokens: int) -> int:
+    """How many of a text's `tokens` tokens are left beside its facts.
+
+    Raises:
+      UserError: none is left.
+    """
+    added = len(tokenizer(_PARAGRAPH_BREAK.join(facts), add_special_tokens=False)["input_ids"])
+    if added >= tokens:
+        raise UserError(f"{len(facts)} facts take {added} tokens, the text is to have {tokens}; ask for a longer one")
+    return tokens - added
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Place:
+    """A place for a fact; places sort by offset, then by `rank`, so that one at a paragraph's end precedes the next.
+
+    Attributes:
+      offset: character offset at which the fact is inserted.
+      before, after: white space that separates the fact from the text.
+    """
+
+    offset: int
+    rank: int
+    before: str
+    after: str
+
+
+def places(text: str) -> dict[str, list[Place]]:
+    """Places for facts by kind: as a paragraph, at a paragraph's start or end, or between two of its sentences.
+
+    Kinds without a place are left out.
+    """
+    breaks = [match.start() for match in re.finditer(_PARAGRAPH_BREAK, text)]
+    starts = [0, *(offset + len(_PARAGRAPH_BREAK) for offset in breaks)]
+    kinds = {
+        "paragraph": [Place(0, 1, "", _PARAGRAPH_BREAK), *(Place(end, 1, _PARAGRAPH_BREAK, "") for end in breaks)],
+        "start": [Place(start, 2, "", " ") for start in starts],
+        "end": [Place(end, 0, " ", "") for end in breaks],
+        "inside": [Place(match.end(), 0, " ", "") for match in _SENTENCE_END.finditer(text)],
+    }
+    return {kind: found for kind, found in kinds.items() if found}
+
+
+def insert(text: str, facts: Sequence[str], taken: Sequence[Place]) -> tuple[str, list[tuple[int, int]]]:
+    """The text with each fact at its place, and the spans of the facts as character offsets [start, end)."""
+    pieces, length, read = [], 0, 0
+    spans = [(0, 0)] * len(facts)
+    for index in sorted(range(len(facts)), key=taken.__getitem__):
+        place = taken[index]
+        pieces += [text[read : place.offset], place.before, facts[index], place.after]
+        start = length + len(pieces[-4]) + len(place.before)
+        spans[index] = (start, start + len(facts[index]))
+        length, read = spans[index][1] + len(place.after), place.offset
+    return "".join([*pieces, text[read:]]), spans

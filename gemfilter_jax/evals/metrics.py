@@ -21,13 +21,13 @@ def share_contained(answer: str, references: Iterable[str]) -> float:
 
 
 def word_recall(answer: str, reference: str) -> float:
-    """The share of the reference's distinct words that the answer contains.
+    """The number of distinct words of the reference that the answer contains, divided by the reference's length.
 
     Words end at white space and keep their punctuation; case is ignored. The published plots of GemFilter's needle
-    tests show this recall.
+    tests show this recall. A reference that repeats a word cannot reach 1: 11 / 12 is the most for the paper's needle.
     """
-    wanted = set(reference.lower().split())
-    return len(wanted & set(answer.lower().split())) / len(wanted)
+    wanted = reference.lower().split()
+    return len(set(wanted) & set(answer.lower().split())) / len(wanted)
 
 
 def normalised(text: str) -> str:

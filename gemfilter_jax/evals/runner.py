@@ -1,51 +1,129 @@
-"""Runs methods over the examples of a task."""
+"""Answers the examples of a task by one method or several."""
 
+import dataclasses
+import functools
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
+from gemfilter_jax.errors import UserError
 from gemfilter_jax.evals.example import Example, Outcome
-from gemfilter_jax.evals.task import Task
-from gemfilter_jax.methods.base import Method
-from gemfilter_jax.pipeline import Pipeline, Result
 
-WHOLE = 0.9
-"""A span counts as kept if at least this share of its characters is kept: a missing full stop does no harm."""
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from gemfilter_jax.evals.task import Task
+    from gemfilter_jax.methods.base import Method
+    from gemfilter_jax.pipeline import Document, Pipeline
+
+
+@dataclasses.dataclass(frozen=True)
+class Contestant:
+    """A method with a budget, as tables show it.
+
+    Attributes:
+      name: the method's variant.
+      keep: its budget in tokens, "auto", or "all".
+    """
+
+    name: str
+    keep: int | str
+    method: "Method"
+
+    @property
+    def label(self) -> str:
+        """Name and budget."""
+        return self.name if self.keep == "all" else f"{self.name}@{self.keep}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """An example for a contestant.
+
+    Attributes:
+      length: the text's length in tokens as it was asked for; None if texts have lengths of their own.
+      number: of the example among those of this length, from 0.
+    """
+
+    length: int | None
+    number: int
+    example: Example
+    contestant: Contestant
+
+
+def trials(
+    task: "Task",
+    tokenizer: "PreTrainedTokenizerBase",
+    lengths: Sequence[int],
+    contestants: Sequence[Contestant],
+    *,
+    shard: tuple[int, int] = (0, 1),
+) -> list[Trial]:
+    """All trials of a run in order: by text, then by contestant, then by question about the text.
+
+    Args:
+      lengths: in tokens; not used by a task whose texts have lengths of their own.
+      shard: (index, N): of N parts of the texts only this one.
+
+    Raises:
+      UserError: examples cannot be made.
+    """
+    asked: list[int | None] = list(lengths) if task.sized else [None]
+    made = []
+    texts = itertools.count()
+    for length in asked:
+        numbered = enumerate(task.examples(tokenizer, length or 0))
+        for _, same_text in itertools.groupby(numbered, key=lambda pair: pair[1].text):
+            group = list(same_text)
+            if next(texts) % shard[1] == shard[0]:
+                made += [Trial(length, number, one, each) for each in contestants for number, one in group]
+    return made
 
 
 def run(
-    model: Pipeline, task: Task, methods: Mapping[str, Method], examples: Iterable[Example]
-) -> Iterator[tuple[str, Outcome]]:
-    """Answer every example with every method, and yield each method's name with the outcome.
+    model: "Pipeline", task: "Task", asked: Sequence[Trial], *, answer: bool = True
+) -> Iterator[tuple[Trial, Outcome]]:
+    """Run trials in order. A method that can do so reads a text only once for all questions and budgets.
 
-    Methods that support it read a text with several questions only once. Examples of the same text must be adjacent.
+    A trial that cannot be run, such as full attention beyond the context, has an outcome with an error.
+
+    Args:
+      answer: if not, only what methods keep of the texts is scored.
     """
-    for text, same_text in itertools.groupby(examples, key=lambda example: example.text):
-        group, documents = list(same_text), {}
-        if len(group) > 1:
-            documents = {name: model.document(text, method=method) for name, method in methods.items()}
-        for example in group:
-            limit = task.new_tokens(example)
-            for name, method in methods.items():
-                if name in documents:
-                    result = documents[name].ask(example.question, max_new_tokens=limit)
-                else:
-                    result = model.generate(text, example.question, method=method, max_new_tokens=limit)
-                yield name, _outcome(task, example, result)
+    for (_, text), same in itertools.groupby(asked, key=lambda trial: (trial.contestant.name, trial.example.text)):
+        group = list(same)
+        of_all = _for(model, group[0].example)
+        document = of_all.document(text, method=group[0].contestant.method) if len(group) > 1 else None
+        for trial in group:
+            own = _for(model, trial.example)
+            read = document if own == of_all else None
+            try:
+                yield trial, _outcome(own, task, trial, read, answer=answer)
+            except UserError as error:
+                yield trial, Outcome(error=str(error))
 
 
-def _outcome(task: Task, example: Example, result: Result) -> Outcome:
-    scores = {**task.score(example, result.text), **_kept(example, result)}
-    return Outcome(example, result.text, scores, result.timings)
+def _for(model: "Pipeline", example: Example) -> "Pipeline":
+    """The pipeline with an example's message format."""
+    if example.message_format is None and not example.plain:
+        return model
+    return dataclasses.replace(
+        model,
+        message_format=example.message_format or model.message_format,
+        chat_template=model.chat_template and not example.plain,
+    )
 
 
-def _kept(example: Example, result: Result) -> dict[str, float]:
-    """Scores of an example's spans, empty if it has none; see `Outcome`."""
-    if not example.spans:
-        return {}
-    lengths = [end - start for start, end in example.spans]
-    covered = [
-        sum(max(0, min(end, last) - max(start, first)) for first, last in result.selection.spans)
-        for start, end in example.spans
-    ]
-    whole = [kept >= WHOLE * length for kept, length in zip(covered, lengths, strict=True)]
-    return {"kept": sum(covered) / sum(lengths), "facts_kept": sum(whole) / len(whole)}
+def _outcome(model: "Pipeline", task: "Task", trial: Trial, document: "Document | None", *, answer: bool) -> Outcome:
+    """The outcome of a trial; `document` is the text if it serves several trials."""
+    example, method = trial.example, trial.contestant.method
+    if not answer:
+        select = functools.partial(model.select, example.text) if document is None else document.select
+        kept, timings = select(example.question, method=method)
+        return Outcome(scores=task.score_kept(example, kept), prompt_tokens=kept.prompt_tokens, timings=timings)
+    ask = functools.partial(model.generate, example.text) if document is None else document.ask
+    result = ask(example.question, method=method, max_new_tokens=task.new_tokens(example))
+    scores = dict(task.score(example, result.text))
+    if method.eviction is None:
+        scores |= task.score_kept(example, result.selection)
+    return Outcome(result.text, scores, result.selection.prompt_tokens, result.timings)

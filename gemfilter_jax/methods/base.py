@@ -169,8 +169,19 @@ class Reader(abc.ABC):
     """Reads prompts that differ in their question alone, and may remember their document."""
 
     @abc.abstractmethod
-    def select(self, prompt: "Prompt", *, watch: "Stopwatch", progress: Progress | None = None) -> "np.ndarray":
-        """What `Method.select` gives for the prompt."""
+    def select(
+        self,
+        prompt: "Prompt",
+        *,
+        method: Method | None = None,
+        watch: "Stopwatch",
+        progress: Progress | None = None,
+    ) -> "np.ndarray":
+        """What `Method.select` gives for the prompt.
+
+        Args:
+          method: with other options than the reader's, such as another budget; None for the reader's.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +189,13 @@ class _ReadAnew(Reader):
     method: Method
     model: "Decoder"
 
-    def select(self, prompt: "Prompt", *, watch: "Stopwatch", progress: Progress | None = None) -> "np.ndarray":
+    def select(
+        self,
+        prompt: "Prompt",
+        *,
+        method: Method | None = None,
+        watch: "Stopwatch",
+        progress: Progress | None = None,
+    ) -> "np.ndarray":
         """Without a memory."""
-        return self.method.select(self.model, [prompt], watch=watch, progress=progress)[0]
+        return (method or self.method).select(self.model, [prompt], watch=watch, progress=progress)[0]

@@ -1,6 +1,7 @@
 """BM25 (Robertson et al. 1994)."""
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
@@ -34,6 +35,7 @@ class BM25(TextPassages):
         asked = [word for word in question if word in known]
         if not asked:
             return np.zeros(len(passages), np.float32)
+        logging.getLogger("bm25s").setLevel(logging.WARNING)  # it tells of every index that it builds
         index = bm25s.BM25()
         index.index(corpus, show_progress=False)
         return index.get_scores(asked)

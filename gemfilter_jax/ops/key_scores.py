@@ -249,7 +249,8 @@ def _masses(
 
     def between(index):
         """Distances [B, W, block] of the rows' positions from those of a block of keys."""
-        assert positions is not None and of_slots is not None
+        assert positions is not None
+        assert of_slots is not None
         own = jnp.take_along_axis(positions, jnp.maximum(rows, 0), axis=1)
         of_keys = jax.lax.dynamic_slice_in_dim(of_slots, index * block, block, axis=1)
         return own[..., None] - of_keys[:, None]

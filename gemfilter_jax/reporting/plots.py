@@ -6,17 +6,27 @@ import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from gemfilter_jax import files
 from gemfilter_jax.errors import UserError
+from gemfilter_jax.evals import summary
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from gemfilter_jax.evals.calibration import LayerRecall
+    from gemfilter_jax.evals.result_file import ResultFile
+
+_PANELS_A_ROW = 4
+_OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999", "#F0E442")
+_MARKERS = "osD^vPX<>*hd"
 
 
 def check_installed() -> None:
     """Raise a `UserError` if matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("--plot: needs matplotlib; install it with pip install matplotlib, or leave the flag out")
+        raise UserError("plots need matplotlib; install it with pip install matplotlib, or ask for none")
 
 
 def recall(judged: "Sequence[LayerRecall]", target: float, path: str) -> None:
@@ -37,6 +47,92 @@ def recall(judged: "Sequence[LayerRecall]", target: float, path: str) -> None:
     axes.axhline(target, color="grey", linewidth=0.8)
     axes.set(xlabel="filter layer", ylabel="share of facts kept", xticks=layers, ylim=(0, 1.03))
     axes.legend(loc="upper left")
+    _write(figure, path)
+
+
+def heat_maps(results: "ResultFile", score: str, path: str) -> None:
+    """Plot the mean score by length and part of the task, one panel for each method and budget, its mean in the title.
+
+    Colours are those of cividis, which people with any form of colour vision tell apart.
+    """
+    from matplotlib.figure import Figure
+
+    parts = list(dict.fromkeys(line.group for line in results.lines))
+    lengths = list(dict.fromkeys(line.length for line in results.lines))
+    contestants = list(dict.fromkeys(line.contestant for line in results.lines))
+    columns = min(len(contestants), _PANELS_A_ROW)
+    rows = -(-len(contestants) // columns)
+    size = (1.2 + columns * max(0.55 * len(lengths) + 0.9, 2.6), 0.9 + rows * (0.3 * len(parts) + 1.3))
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    image = None
+    for index, contestant in enumerate(contestants):
+        own = [line for line in results.lines if line.contestant == contestant and score in line.scores]
+        grid = np.full((len(parts), len(lengths)), np.nan)
+        for row, part in enumerate(parts):
+            for column, length in enumerate(lengths):
+                cell = [line.scores[score] for line in own if (line.group, line.length) == (part, length)]
+                if cell:
+                    grid[row, column] = sum(cell) / len(cell)
+        axes = panels[index // columns][index % columns]
+        axes.set_facecolor("0.85")
+        image = axes.imshow(grid, vmin=0, vmax=1, cmap="cividis", aspect="auto")
+        average = f"{sum(line.scores[score] for line in own) / len(own):.3f}" if own else "none"
+        axes.set_title(f"{_label(contestant)}: {average}", fontsize=10)
+        axes.set_xticks(range(len(lengths)), ["own" if one is None else f"{one:,}" for one in lengths], rotation=45)
+        axes.set_yticks(range(len(parts)), [part or "all" for part in parts])
+    for axes in panels.flat[len(contestants) :]:
+        axes.set_axis_off()
+    figure.colorbar(image, ax=panels, label=score.replace("_", " "), shrink=0.8)
+    figure.suptitle(f"{results.heading['title']}, {results.heading['model']} (grey: no answer)", fontsize=11)
+    figure.supxlabel("text tokens", fontsize=10)
+    _write(figure, path)
+
+
+def by_budget(results: "ResultFile", score: str, path: str) -> None:
+    """Plot the mean score with its 95 % interval by budget, a line for each method and a panel for each length.
+
+    Methods without a budget are horizontal lines. Colours are Okabe and Ito's; markers differ as well.
+    """
+    from matplotlib.figure import Figure
+
+    made = [one for one in summary.summarise(results.lines) if score in one.scores]
+    lengths = list(dict.fromkeys(one.length for one in made))
+    names = list(dict.fromkeys(one.method for one in made))
+    budgets = sorted({one.keep for one in made if isinstance(one.keep, int)})
+    figure = Figure(figsize=(1.6 + 3.6 * len(lengths), 4), layout="constrained")
+    panels = figure.subplots(1, len(lengths), squeeze=False, sharey=True)[0]
+    for axes, length in zip(panels, lengths, strict=True):
+        for index, name in enumerate(names):
+            own = [one for one in made if (one.method, one.length) == (name, length)]
+            style = {"color": _OKABE_ITO[index % len(_OKABE_ITO)], "label": name}
+            counted = sorted((one for one in own if isinstance(one.keep, int)), key=lambda one: one.keep)
+            if counted:
+                means = [one.scores[score] for one in counted]
+                places = [budgets.index(one.keep) + 0.06 * (index - len(names) / 2) for one in counted]
+                errors = [[one.value - one.low for one in means], [one.high - one.value for one in means]]
+                marker = _MARKERS[index % len(_MARKERS)]
+                axes.errorbar(places, [one.value for one in means], errors, marker=marker, capsize=2, **style)
+            for one in own:
+                if not isinstance(one.keep, int):
+                    axes.axhline(one.scores[score].value, linestyle="--", **style)
+        axes.set_title("own lengths" if length is None else f"{length:,} tokens", fontsize=10)
+        axes.set_xticks(range(len(budgets)), [f"{one:,}" for one in budgets])
+        axes.set(xlabel="tokens kept", ylim=(-0.03, 1.03))
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel(score.replace("_", " "))
+    handles = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=9)
+    figure.suptitle(f"{results.heading['title']}, {results.heading['model']}, 95 % intervals", fontsize=11)
+    _write(figure, path)
+
+
+def _label(contestant: tuple[str, int | str]) -> str:
+    name, keep = contestant
+    return name if keep == "all" else f"{name}, {keep:,}" if isinstance(keep, int) else f"{name}, {keep}"
+
+
+def _write(figure: "Figure", path: str) -> None:
     picture = io.BytesIO()
     figure.savefig(picture, format=pathlib.Path(path).suffix[1:] or "png", dpi=130)
     files.write_whole(path, picture.getvalue())

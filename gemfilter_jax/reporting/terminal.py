@@ -104,6 +104,22 @@ def reading_progress(console: Console) -> Iterator["TokensRead"]:
 
 
 @contextlib.contextmanager
+def counted(console: Console, doing: str, done: int, total: int) -> Iterator[Callable[[str], None]]:
+    """A progress bar that each call moves on by one, with a remark below it; removed at the end."""
+    columns = (
+        TextColumn(doing),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    with _bar(console, *columns) as bar:
+        task = bar.add_task("", total=total, completed=done)
+        yield lambda remark: bar.update(task, advance=1, description=remark)
+
+
+@contextlib.contextmanager
 def loading_progress(console: Console) -> Iterator["BytesRead"]:
     """A progress bar of the bytes of weights read, removed at the end."""
     columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())

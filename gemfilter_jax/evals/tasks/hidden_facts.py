@@ -10,7 +10,6 @@ import importlib.resources
 import json
 import pathlib
 import random
-import re
 import string
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -29,8 +28,6 @@ SplitName = Literal["train", "held_out"]
 _HAYSTACKS = {"train": "journal", "held_out": "essays"}
 _NEW_TOKENS_PER_REFERENCE = 24
 _TRIES = 1_000
-_SENTENCE_END = re.compile(r"""(?<!\b[A-Z])(?<!\bMr)(?<!\bMrs)(?<!\bDr)(?<!\bSt)[.!?]["'”’)]*(?= ["'“‘(]?[A-Z])""")
-_PARAGRAPH_BREAK = "\n\n"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +136,7 @@ class HiddenFacts(Task):
       paragraphs: paragraphs of the haystack; None for those of `texts` or of the split.
     """
 
-    name: ClassVar[str] = "held_out"
+    name: ClassVar[str] = "hidden_facts"
     title: ClassVar[str] = "Hidden facts"
     count: int = option(60, "Questions of each length.", at_least=1)
     facts: int = option(1, "Facts of one kind that a question asks for.", at_least=1, at_most=4)
@@ -252,10 +249,8 @@ def _hide(
     lower, facts = hay.text.lower(), []
     for template in templates:
         facts.append(_draw(template, material.vocabularies, facts, lower, rng))
-    added = len(tokenizer(_PARAGRAPH_BREAK.join(fact.text for fact in facts), add_special_tokens=False)["input_ids"])
-    if added >= tokens:
-        raise UserError(f"{len(facts)} facts take {added} tokens, the text is to have {tokens}; ask for a longer one")
-    text, spans = _insert(hay.first(tokens - added), facts, rng)
+    beside = haystack.tokens_besides(tokenizer, [fact.text for fact in facts], tokens)
+    text, spans = _insert(hay.first(beside), facts, rng)
     return text, facts, spans
 
 
@@ -273,42 +268,11 @@ def _draw(
     )
 
 
-@dataclasses.dataclass(frozen=True, order=True)
-class _Place:
-    """A place for a fact; places sort by offset, then by `rank`, so that one at a paragraph's end precedes the next."""
-
-    offset: int
-    rank: int
-    before: str
-    after: str
-
-
-def _places(hay: str) -> dict[str, list[_Place]]:
-    """Places by kind: as a paragraph, at a paragraph's start or end, or between two of its sentences."""
-    breaks = [match.start() for match in re.finditer(_PARAGRAPH_BREAK, hay)]
-    starts = [0, *(offset + len(_PARAGRAPH_BREAK) for offset in breaks)]
-    return {
-        "paragraph": [_Place(0, 1, "", _PARAGRAPH_BREAK), *(_Place(end, 1, _PARAGRAPH_BREAK, "") for end in breaks)],
-        "start": [_Place(start, 2, "", " ") for start in starts],
-        "end": [_Place(end, 0, " ", "") for end in breaks],
-        "inside": [_Place(match.end(), 0, " ", "") for match in _SENTENCE_END.finditer(hay)],
-    }
-
-
 def _insert(hay: str, facts: Sequence[Fact], rng: random.Random) -> tuple[str, list[tuple[int, int]]]:
     """Insert each fact at a random place, and use an offset twice only if no other is free; returns text and spans."""
-    kinds = {kind: places for kind, places in _places(hay).items() if places}
-    taken: dict[int, _Place] = {}
-    for index, fact in enumerate(facts):
+    kinds, taken = haystack.places(hay), []
+    for fact in facts:
         places = kinds["paragraph" if fact.template.own_paragraph else rng.choice(list(kinds))]
-        used = {place.offset for place in taken.values()}
-        taken[index] = rng.choice([place for place in places if place.offset not in used] or places)
-    pieces, length, read = [], 0, 0
-    spans = [(0, 0)] * len(facts)
-    for index in sorted(taken, key=taken.__getitem__):
-        place = taken[index]
-        pieces += [hay[read : place.offset], place.before, facts[index].text, place.after]
-        start = length + len(pieces[-4]) + len(place.before)
-        spans[index] = (start, start + len(facts[index].text))
-        length, read = spans[index][1] + len(place.after), place.offset
-    return "".join([*pieces, hay[read:]]), spans
+        used = {place.offset for place in taken}
+        taken.append(rng.choice([place for place in places if place.offset not in used] or places))
+    return haystack.insert(hay, [fact.text for fact in facts], taken)

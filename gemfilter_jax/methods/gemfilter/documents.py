@@ -5,7 +5,7 @@ import hashlib
 import pathlib
 import tempfile
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from gemfilter_jax.buckets import bucket
 from gemfilter_jax.config import LongRope, ModelConfig
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.generate.loop import pad
-from gemfilter_jax.methods.base import Progress, Reader
+from gemfilter_jax.methods.base import Method, Progress, Reader
 from gemfilter_jax.methods.gemfilter import filtering, scoring_pass, segments
 from gemfilter_jax.methods.gemfilter.scoring_pass import ScoringPass
 from gemfilter_jax.models.cache import KVCache
@@ -49,17 +49,21 @@ class Reading:
     """Keys and values of a whole document or of its segments, up to the filter layer.
 
     Attributes:
+      settings: see `_settings`.
       beginnings: the segments that have been read.
       states: one cache for each of the `segments.groups` of the beginnings, in order, with rows padded for the mesh.
     """
 
+    settings: tuple
     beginnings: list[Beginning]
     states: list[KVCache]
 
     def fits(self, config: ModelConfig, prompt: Prompt, method: "GemFilter") -> bool:
         """Whether this model and method would read the same segments of the prompt."""
         wanted = _beginnings(config, prompt, method)
-        return len(wanted) == len(self.beginnings) and all(
+        if self.settings != _settings(config, method) or len(wanted) != len(self.beginnings):
+            return False
+        return all(
             one.long == other.long and np.array_equal(one.ids, other.ids)
             for one, other in zip(wanted, self.beginnings, strict=True)
         )
@@ -82,6 +86,12 @@ class Reading:
                 scores[done : done + len(part)] = part
                 done += len(part)
         return scores
+
+
+def _settings(config: ModelConfig, method: "GemFilter") -> tuple:
+    """The options of a method that a reading depends on."""
+    how = (method.filter_layer, method.filter_attention, method.band, method.first_tokens, method.filter_precision)
+    return (*how, segments.reach(config, method))
 
 
 def _beginnings(config: ModelConfig, prompt: Prompt, method: "GemFilter") -> list[Beginning]:
@@ -120,8 +130,7 @@ def key(model: Decoder, prompt: Prompt, method: "GemFilter") -> str:
     digest.update(repr(model.config).encode())
     for parameter in jax.tree.leaves(model):
         digest.update(collectives.to_host(parameter[..., -1, :] if parameter.ndim > 1 else parameter).tobytes())
-    how = (method.filter_layer, method.filter_attention, method.band, method.first_tokens, method.filter_precision)
-    digest.update(repr((*how, segments.reach(model.config, method))).encode())
+    digest.update(repr(_settings(model.config, method)).encode())
     beginnings = _beginnings(model.config, prompt, method)
     digest.update(repr(([len(group) for group in _groups(model, method, beginnings)], _rows(model))).encode())
     for one in beginnings:
@@ -145,7 +154,7 @@ def read(model: Decoder, prompt: Prompt, method: "GemFilter", *, progress: Progr
         done += sum(len(one.ids) for one in group)
         if progress:
             progress(done, sum(len(one.ids) for one in beginnings))
-    return Reading(beginnings, states)
+    return Reading(_settings(model.config, method), beginnings, states)
 
 
 @dataclasses.dataclass
@@ -161,31 +170,39 @@ class DocumentReader(Reader):
     folder: pathlib.Path | None
     _reading: Reading | None = None
 
-    def select(self, prompt: Prompt, *, watch: Stopwatch, progress: Progress | None = None) -> np.ndarray:
+    def select(
+        self,
+        prompt: Prompt,
+        *,
+        method: Method | None = None,
+        watch: Stopwatch,
+        progress: Progress | None = None,
+    ) -> np.ndarray:
         """See `Reader.select`; `watch` has the stage "read" if the document was read."""
-        self.method.check_prompt(self.model, prompt)
-        if len(prompt) <= self.method.keep:
+        chosen = cast("GemFilter", method or self.method)
+        chosen.check_prompt(self.model, prompt)
+        if len(prompt) <= chosen.keep:
             return np.arange(len(prompt))
-        known = self._known(prompt, watch, progress)
+        known = self._known(prompt, chosen, watch, progress)
         with watch.stage("filter"):
-            return filtering.keep_tokens_of_document(self.model, prompt, self.method, known, progress=progress)
+            return filtering.keep_tokens_of_document(self.model, prompt, chosen, known, progress=progress)
 
-    def _known(self, prompt: Prompt, watch: Stopwatch, progress: Progress | None) -> Reading:
+    def _known(self, prompt: Prompt, method: "GemFilter", watch: Stopwatch, progress: Progress | None) -> Reading:
         with watch.stage("filter"):
-            if self._reading and self._reading.fits(self.model.config, prompt, self.method):
+            if self._reading and self._reading.fits(self.model.config, prompt, method):
                 return self._reading
         with watch.stage("read"):
             self._reading = None  # so that two readings are never in memory at once
-            self._reading = self._read_anew(prompt, progress)
+            self._reading = self._read_anew(prompt, method, progress)
             return self._reading
 
-    def _read_anew(self, prompt: Prompt, progress: Progress | None) -> Reading:
-        saved = load(self.model, prompt, self.method, self.folder) if self.folder else None
+    def _read_anew(self, prompt: Prompt, method: "GemFilter", progress: Progress | None) -> Reading:
+        saved = load(self.model, prompt, method, self.folder) if self.folder else None
         if saved:
             return saved
-        made = read(self.model, prompt, self.method, progress=progress)
+        made = read(self.model, prompt, method, progress=progress)
         if self.folder:
-            save(made, self.folder, key(self.model, prompt, self.method))
+            save(made, self.folder, key(self.model, prompt, method))
         return made
 
 
@@ -221,7 +238,7 @@ def load(model: Decoder, prompt: Prompt, method: "GemFilter", folder: pathlib.Pa
         states = [KVCache(**jax.tree.map(jnp.asarray, one)) for one in stored]
     except Exception:  # Orbax and TensorStore raise many types for a damaged checkpoint; the document is read again
         return None
-    return Reading(_beginnings(model.config, prompt, method), states)
+    return Reading(_settings(model.config, method), _beginnings(model.config, prompt, method), states)
 
 
 def _as_tree(states: list[KVCache]) -> list[dict[str, jax.Array]]:

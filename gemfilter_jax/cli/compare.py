@@ -1,0 +1,82 @@
+"""Make tables and plots of result files of gemfilter evaluate.
+
+gemfilter compare facts.jsonl
+gemfilter compare shard1.jsonl shard2.jsonl --baseline=bm25 --by_group
+gemfilter compare needles.jsonl --format=markdown --heat_map=needles.png --plot=budgets.png
+
+Several files are taken together if they are of one task, its options and one model: the parts of a run, or runs of
+other methods, budgets or lengths. Every mean has its 95 % interval. With --baseline each method is compared with one,
+budget by budget, on the examples that both answered: how many it scores higher and lower, and a p-value.
+"""
+
+import json
+import pathlib
+
+from absl import flags
+
+from gemfilter_jax import files
+from gemfilter_jax.cli import command
+from gemfilter_jax.errors import UserError
+from gemfilter_jax.evals import result_file
+
+FLAGS = flags.FlagValues()
+flags.DEFINE_enum("format", "text", ["text", "markdown", "json"], "Output format.", flag_values=FLAGS)
+flags.DEFINE_bool("by_group", False, "Count the parts of the task apart, such as its datasets.", flag_values=FLAGS)
+flags.DEFINE_string("score", None, "The score to compare and to plot. Default: the task's own.", flag_values=FLAGS)
+flags.DEFINE_string(
+    "baseline", None, "The method to compare with: NAME, or NAME@KEEP for one budget.", flag_values=FLAGS
+)
+flags.DEFINE_string(
+    "heat_map",
+    None,
+    "Plot the score by length and part of the task, such as a needle's depth, one panel for each method and budget, to "
+    "this file; needs matplotlib.",
+    flag_values=FLAGS,
+)
+flags.DEFINE_string("plot", None, "Plot the score by budget to this file; needs matplotlib.", flag_values=FLAGS)
+
+
+def main(paths: list[str]) -> None:
+    """Run the command."""
+    if not paths:
+        raise UserError("no result file; give one or several that gemfilter evaluate --output has written")
+    for name in ("heat_map", "plot"):
+        if getattr(FLAGS, name):
+            files.check_writable(getattr(FLAGS, name), name)
+
+    from rich.console import Console
+
+    from gemfilter_jax.reporting import plots, score_tables
+
+    if FLAGS.heat_map or FLAGS.plot:
+        plots.check_installed()
+    results = result_file.read(map(pathlib.Path, paths))
+    if not results.lines:
+        raise UserError(f"{', '.join(paths)}: no results yet")
+    score = FLAGS.score or results.heading.get("main_score", "right")
+    known = sorted({name for line in results.lines for name in line.scores})
+    if score not in known:
+        raise UserError(f"--score={score}: the results have {', '.join(known) or 'no score'}")
+    compared = score_tables.comparisons(results, FLAGS.baseline, score) if FLAGS.baseline else None
+    if FLAGS.format == "json":
+        print(json.dumps(score_tables.as_json(results, compared, by_group=FLAGS.by_group), indent=1))
+    elif FLAGS.format == "markdown":
+        print(score_tables.markdown(results, compared, by_group=FLAGS.by_group))
+    else:
+        console = Console()
+        console.print(score_tables.rich_table(results, by_group=FLAGS.by_group))
+        if compared:
+            console.print(score_tables.rich_comparison(compared, FLAGS.baseline, score))
+    if FLAGS.heat_map:
+        plots.heat_maps(results, score, FLAGS.heat_map)
+    if FLAGS.plot:
+        plots.by_budget(results, score, FLAGS.plot)
+
+
+def run() -> None:
+    """Parse the command line and run."""
+    command.run(main, FLAGS, str(__doc__), positional="result files", several=True)
+
+
+if __name__ == "__main__":
+    run()

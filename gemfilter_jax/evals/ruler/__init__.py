@@ -1,0 +1,1 @@
+"""How the texts and questions of RULER are made; the task is in `tasks.ruler`."""

@@ -1,0 +1,173 @@
+"""Scores of methods as tables: on a terminal, in Markdown and in JSON; and the running scores of a run."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from gemfilter_jax.errors import UserError
+from gemfilter_jax.evals import summary
+from gemfilter_jax.reporting import terminal
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from gemfilter_jax.evals.result_file import Line, ResultFile
+    from gemfilter_jax.evals.summary import Comparison, Summary
+
+_SECONDS_BETWEEN = 30.0  # lines of progress where there is no terminal
+
+Compared = dict[tuple[str, int | str, int | None], "Comparison"]
+"""Comparisons with a baseline by method, budget and length."""
+
+
+def _columns(results: "ResultFile", *, by_group: bool) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows, with a column for each score."""
+    made = summary.summarise(results.lines, by_group=by_group)
+    scores = list(dict.fromkeys(name for line in results.lines for name in line.scores))
+    errors = any(one.errors for one in made)
+    headings = ["method", "keep", "text tokens"]
+    headings += ["part"] * by_group + ["examples"] + ["unanswered"] * errors
+    headings += [f"{_words(name)} (95 %)" for name in scores] + ["seconds"]
+    return headings, [_cells(one, scores, by_group=by_group, errors=errors) for one in made]
+
+
+def _cells(one: "Summary", scores: Sequence[str], *, by_group: bool, errors: bool) -> list[str]:
+    keep = f"{one.keep:,}" if isinstance(one.keep, int) else one.keep
+    tokens = f"{one.length:,}" if one.length is not None else f"about {round(one.tokens):,}"
+    cells = [one.method, keep, tokens]
+    cells += [one.group or "-"] * by_group + [str(one.examples)] + [str(one.errors)] * errors
+    for name in scores:
+        value = one.scores.get(name)
+        cells.append("-" if value is None else _told(value, one))
+    return [*cells, "-" if one.seconds is None else f"{one.seconds:.1f}"]
+
+
+def _told(value: summary.Mean, one: "Summary") -> str:
+    """A mean, with its count if not all answered examples have the score."""
+    return f"{value}" if value.count == one.examples - one.errors else f"{value} of {value.count}"
+
+
+def _words(score: str) -> str:
+    return score.replace("_", " ")
+
+
+def title(results: "ResultFile") -> str:
+    """Task and model."""
+    return f"{results.heading['title']}, {results.heading['model']}"
+
+
+def rich_table(results: "ResultFile", *, by_group: bool = False) -> "Table":
+    """The table for a terminal."""
+    headings, rows = _columns(results, by_group=by_group)
+    return terminal.table(title(results), headings, rows)
+
+
+def comparisons(results: "ResultFile", baseline: str, score: str) -> Compared:
+    """Every method and budget against a baseline: "name" at the same budget or with none, "name@keep" at that one.
+
+    Raises:
+      UserError: no result is of the baseline.
+    """
+    contestants = list(dict.fromkeys(line.contestant for line in results.lines))
+    name, at, keep = baseline.partition("@")
+    if not any(one[0] == name and (not at or str(one[1]) == keep) for one in contestants):
+        labels = sorted({one[0] for one in contestants})
+        raise UserError(f"--baseline={baseline}: the results are of {', '.join(labels)}")
+    found: Compared = {}
+    for contestant in contestants:
+        against = [
+            one
+            for one in contestants
+            if one[0] == name and str(one[1]) in ((keep,) if at else (str(contestant[1]), "all"))
+        ]
+        if not against or contestant == against[0]:
+            continue
+        for length in dict.fromkeys(line.length for line in results.lines):
+            lines = [line for line in results.lines if line.length == length]
+            own, other = (summary.scores_by_example(lines, one, score) for one in (contestant, against[0]))
+            if (made := summary.compare(own, other)) is not None:
+                found[(*contestant, length)] = made
+    return found
+
+
+def _compared_columns(compared: Compared) -> tuple[list[str], list[list[str]]]:
+    headings = ["method", "keep", "text tokens", "examples", "higher", "lower", "difference", "p"]
+    rows = []
+    for (method, keep, length), one in compared.items():
+        cells = [method, f"{keep:,}" if isinstance(keep, int) else keep, "own" if length is None else f"{length:,}"]
+        p = f"{one.p:.3f}" if one.p >= 0.001 else "< 0.001"
+        rows.append([*cells, str(one.examples), str(one.better), str(one.worse), f"{one.difference:+.3f}", p])
+    return headings, rows
+
+
+def rich_comparison(compared: Compared, baseline: str, score: str) -> "Table":
+    """The comparisons for a terminal."""
+    return terminal.table(f"{_words(score)}, compared with {baseline}", *_compared_columns(compared))
+
+
+def markdown(results: "ResultFile", compared: Compared | None = None, *, by_group: bool = False) -> str:
+    """The tables in Markdown."""
+    made = [_markdown(*_columns(results, by_group=by_group))]
+    if compared:
+        made.append(_markdown(*_compared_columns(compared)))
+    return "\n\n".join(made)
+
+
+def _markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+def as_json(results: "ResultFile", compared: Compared | None = None, *, by_group: bool = False) -> dict[str, Any]:
+    """The tables as JSON values, numbers not rounded."""
+    made: dict[str, Any] = {
+        "run": dict(results.heading),
+        "rows": [dataclasses.asdict(one) for one in summary.summarise(results.lines, by_group=by_group)],
+    }
+    if compared is not None:
+        made["compared"] = [
+            {"method": method, "keep": keep, "length": length, **dataclasses.asdict(one)}
+            for (method, keep, length), one in compared.items()
+        ]
+    return made
+
+
+@contextlib.contextmanager
+def running(console: "Console", lines: Sequence["Line"], total: int, score: str) -> Iterator[Callable[["Line"], None]]:
+    """Progress with the running scores and the time left; lines of text now and then where there is no terminal.
+
+    Args:
+      lines: those that an earlier run has left. total: number of lines at the end.
+
+    Yields:
+      A function to call with each new line.
+    """
+    values: dict[str, list[float]] = {}
+    start, told, done = time.monotonic(), time.monotonic(), 0
+
+    def count(line: "Line") -> None:
+        if score in line.scores:
+            values.setdefault(f"{line.method}@{line.keep}".removesuffix("@all"), []).append(line.scores[score])
+
+    def scores() -> str:
+        return ", ".join(f"{name} {sum(own) / len(own):.2f}" for name, own in values.items())
+
+    for line in lines:
+        count(line)
+    with terminal.counted(console, "asking", len(lines), total) as advance:
+
+        def report(line: "Line") -> None:
+            nonlocal done, told
+            done += 1
+            count(line)
+            advance(f"{_words(score)}: {scores()}")
+            now, finished = time.monotonic(), len(lines)
+            if not console.is_terminal and now - told >= _SECONDS_BETWEEN:
+                told = now
+                left = (now - start) / done * (total - finished) / 60
+                console.print(f"{finished} of {total}, {left:.0f} minutes left; {_words(score)}: {scores()}")
+
+        yield report
