@@ -33,8 +33,6 @@ def main(_: list[str]) -> None:
         files.check_writable(FLAGS.output, "output")
     lengths = options.lengths(FLAGS)
 
-    from rich.console import Console
-
     from gemfilter_jax.evals import bench
     from gemfilter_jax.reporting import terminal
 
@@ -48,7 +46,7 @@ def main(_: list[str]) -> None:
         return
     environment = bench.environment()
     title = f"{model.checkpoint.name} on {environment['device']}, {environment['machine']}, jax {environment['jax']}"
-    Console().print(terminal.table(title, _COLUMNS, [_cells(row) for row in rows]))
+    terminal.print_table(terminal.table(title, _COLUMNS, [_cells(row) for row in rows]))
     if FLAGS.output:
         result = {
             "command": "bench",

@@ -44,9 +44,7 @@ def main(paths: list[str]) -> None:
         if getattr(FLAGS, name):
             files.check_writable(getattr(FLAGS, name), name)
 
-    from rich.console import Console
-
-    from gemfilter_jax.reporting import plots, score_tables
+    from gemfilter_jax.reporting import plots, score_tables, terminal
 
     if FLAGS.heat_map or FLAGS.plot:
         plots.check_installed()
@@ -63,10 +61,9 @@ def main(paths: list[str]) -> None:
     elif FLAGS.format == "markdown":
         print(score_tables.markdown(results, compared, by_group=FLAGS.by_group))
     else:
-        console = Console()
-        console.print(score_tables.rich_table(results, by_group=FLAGS.by_group))
+        terminal.print_table(score_tables.rich_table(results, by_group=FLAGS.by_group))
         if compared:
-            console.print(score_tables.rich_comparison(compared, FLAGS.baseline, score))
+            terminal.print_table(score_tables.rich_comparison(compared, FLAGS.baseline, score))
     if FLAGS.heat_map:
         plots.heat_maps(results, score, FLAGS.heat_map)
     if FLAGS.plot:

@@ -78,8 +78,6 @@ def main(_: list[str]) -> None:
         raise UserError(f"--lengths means nothing to --task={task.name}, whose texts have lengths of their own")
     shard = _shard()
 
-    from rich.console import Console
-
     from gemfilter_jax.evals import runner
     from gemfilter_jax.reporting import score_tables, terminal
 
@@ -100,7 +98,7 @@ def main(_: list[str]) -> None:
                 result_file.append(path, lines[-1])
             report(lines[-1])
     if processes.is_first():
-        Console().print(score_tables.rich_table(result_file.ResultFile(heading, tuple(lines))))
+        terminal.print_table(score_tables.rich_table(result_file.ResultFile(heading, tuple(lines))))
 
 
 def _heading(task: "Task", lengths: list[int], contestants: "list[Contestant]", model: "Pipeline") -> "dict[str, Any]":

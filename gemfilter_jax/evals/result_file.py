@@ -191,4 +191,5 @@ def _line(text: bytes, where: str) -> Line:
     names = {field.name for field in dataclasses.fields(Line)}
     if fields.keys() != names or not isinstance(fields["scores"], dict) or not isinstance(fields["seconds"], dict):
         raise UserError(f"{where} is no result: expected the fields {', '.join(sorted(names))}")
-    return Line(**fields | {"expected": tuple(fields["expected"])})
+    fields["expected"] = tuple(fields["expected"])
+    return Line(**fields)

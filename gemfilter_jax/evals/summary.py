@@ -50,7 +50,7 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
     """
     from scipy import stats
 
-    if trials == 0:
+    if not 0 <= successes <= trials or trials == 0:
         raise ValueError(f"{successes} of {trials} is no proportion")
     interval = stats.binomtest(successes, trials).proportion_ci(method="wilson")
     return float(interval.low), float(interval.high)
@@ -94,11 +94,11 @@ def summarise(lines: Iterable["Line"], *, by_group: bool = False) -> list[Summar
     parts: dict[tuple, list[Line]] = {}
     for line in lines:
         group = line.group if by_group else None
-        parts.setdefault((line.method, line.keep, line.length, group), []).append(line)
-    return [_summary(*key, own) for key, own in parts.items()]
+        parts.setdefault((line.contestant, line.length, group), []).append(line)
+    return [_summary(own, group) for (_, _, group), own in parts.items()]
 
 
-def _summary(method: str, keep: int | str, length: int | None, group: str | None, lines: "list[Line]") -> Summary:
+def _summary(lines: "list[Line]", group: str | None) -> Summary:
     import statistics
 
     values: dict[str, list[float]] = {}
@@ -107,9 +107,9 @@ def _summary(method: str, keep: int | str, length: int | None, group: str | None
             values.setdefault(name, []).append(value)
     seconds = [total_seconds(line) for line in lines if line.error is None]
     return Summary(
-        method=method,
-        keep=keep,
-        length=length,
+        method=lines[0].method,
+        keep=lines[0].keep,
+        length=lines[0].length,
         group=group,
         examples=len(lines),
         errors=sum(line.error is not None for line in lines),

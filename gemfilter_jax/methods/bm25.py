@@ -29,7 +29,7 @@ class BM25(TextPassages):
         import numpy as np
 
         *corpus, question = bm25s.tokenize(
-            [*passages, prompt.question], stopwords=None, return_ids=False, show_progress=False
+            [*passages, prompt.question], stopwords=[], return_ids=False, show_progress=False
         )
         known = set().union(*corpus)
         asked = [word for word in question if word in known]

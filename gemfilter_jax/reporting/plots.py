@@ -65,7 +65,6 @@ def heat_maps(results: "ResultFile", score: str, path: str) -> None:
     size = (1.2 + columns * max(0.55 * len(lengths) + 0.9, 2.6), 0.9 + rows * (0.3 * len(parts) + 1.3))
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    image = None
     for index, contestant in enumerate(contestants):
         own = [line for line in results.lines if line.contestant == contestant and score in line.scores]
         grid = np.full((len(parts), len(lengths)), np.nan)
@@ -76,14 +75,14 @@ def heat_maps(results: "ResultFile", score: str, path: str) -> None:
                     grid[row, column] = sum(cell) / len(cell)
         axes = panels[index // columns][index % columns]
         axes.set_facecolor("0.85")
-        image = axes.imshow(grid, vmin=0, vmax=1, cmap="cividis", aspect="auto")
+        axes.imshow(grid, vmin=0, vmax=1, cmap="cividis", aspect="auto")
         average = f"{sum(line.scores[score] for line in own) / len(own):.3f}" if own else "none"
         axes.set_title(f"{_label(contestant)}: {average}", fontsize=10)
         axes.set_xticks(range(len(lengths)), ["own" if one is None else f"{one:,}" for one in lengths], rotation=45)
         axes.set_yticks(range(len(parts)), [part or "all" for part in parts])
     for axes in panels.flat[len(contestants) :]:
         axes.set_axis_off()
-    figure.colorbar(image, ax=panels, label=score.replace("_", " "), shrink=0.8)
+    figure.colorbar(panels[0][0].images[0], ax=panels, label=score.replace("_", " "), shrink=0.8)
     figure.suptitle(f"{results.heading['title']}, {results.heading['model']} (grey: no answer)", fontsize=11)
     figure.supxlabel("text tokens", fontsize=10)
     _write(figure, path)
@@ -106,10 +105,11 @@ def by_budget(results: "ResultFile", score: str, path: str) -> None:
         for index, name in enumerate(names):
             own = [one for one in made if (one.method, one.length) == (name, length)]
             style = {"color": _OKABE_ITO[index % len(_OKABE_ITO)], "label": name}
-            counted = sorted((one for one in own if isinstance(one.keep, int)), key=lambda one: one.keep)
+            of_budgets = [(budgets.index(one.keep), one) for one in own if isinstance(one.keep, int)]
+            counted = sorted(of_budgets, key=lambda pair: pair[0])
             if counted:
-                means = [one.scores[score] for one in counted]
-                places = [budgets.index(one.keep) + 0.06 * (index - len(names) / 2) for one in counted]
+                means = [one.scores[score] for _, one in counted]
+                places = [place + 0.06 * (index - len(names) / 2) for place, _ in counted]
                 errors = [[one.value - one.low for one in means], [one.high - one.value for one in means]]
                 marker = _MARKERS[index % len(_MARKERS)]
                 axes.errorbar(places, [one.value for one in means], errors, marker=marker, capsize=2, **style)

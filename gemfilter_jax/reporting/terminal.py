@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # so that a command reports mistakes before it imports JAX
     from gemfilter_jax.methods.base import Progress as TokensRead
     from gemfilter_jax.pipeline import KeptText
 
+_WIDEST = 1_000  # characters of a line in a file
 _CONTEXT = 60  # characters shown, dimmed, on both sides of a kept passage
 
 
@@ -63,6 +64,12 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     for row in rows:
         made.add_row(*row)
     return made
+
+
+def print_table(made: Table) -> None:
+    """Print a table on standard output, in a file as wide as it is."""
+    console = Console()
+    (console if console.is_terminal else Console(width=_WIDEST)).print(made)
 
 
 @contextlib.contextmanager

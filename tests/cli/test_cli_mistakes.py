@@ -184,17 +184,36 @@ def test_calibrate(flags, said):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (("--questions=train",), ("--questions=train", "needles|held_out")),
-        (("--facts=5", "--questions=held_out"), ("--facts=5", "[1, 4]")),
-        (("--count=0", "--questions=held_out"), ("--count=0",)),
-        (("--distractors=-1", "--questions=held_out"), ("--distractors=-1",)),
-        (("--count=20",), ("--count", "--questions=held_out")),
-        (("--texts=/no/such/folder", "--questions=held_out"), ("/no/such/folder", "not a folder")),
-        (("--lengths=20", "--questions=held_out", "--count=1"), ("the text is to have 20", "longer")),
+        (("--task=train",), ("--task=train", "needles|hidden_facts")),
+        (("--facts=5", "--task=hidden_facts"), ("--facts=5", "[1, 4]")),
+        (("--count=0", "--task=hidden_facts"), ("--count=0",)),
+        (("--distractors=-1", "--task=hidden_facts"), ("--distractors=-1",)),
+        (("--count=20",), ("--count", "--task=hidden_facts")),
+        (("--keep=512,many",), ("--keep=512,many", "auto or a whole number of at least 1, or several with commas")),
+        (("--method=full,bm26",), ("--method", "expected names among full, default, paper")),
+        (("--shard=3/2",), ("--shard=3/2", "I from 1 to N")),
+        (("--shard=2",), ("--shard=2", "expected I/N")),
+        (("--task=real_questions",), ("questions_file is missing; give a JSONL file",)),
+        (("--task=longbench", "--data=."), ("hotpotqa.jsonl",)),
+        (("--texts=/no/such/folder", "--task=hidden_facts"), ("/no/such/folder", "not a folder")),
+        (("--lengths=20", "--task=hidden_facts", "--count=1"), ("the text is to have 20", "longer")),
     ],
 )
 def test_evaluate(flags, said):
     assert_mistake(gemfilter("evaluate", *flags), *said)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), ("no result file",)),
+        (("missing.jsonl",), ("missing.jsonl", "cannot be read")),
+        (("--plot=/no/such/folder/plot.png", "missing.jsonl"), ("/no/such/folder",)),
+        ((__file__,), ("line 1 is not JSON", "gemfilter evaluate")),
+    ],
+)
+def test_compare(arguments, said):
+    assert_mistake(gemfilter("compare", *arguments), *said)
 
 
 def test_the_version_is_told():

@@ -1,9 +1,14 @@
-"""Statistics of outcomes: counts, means, and how sure a count is."""
+"""Statistics of results: means, how sure they are, and methods compared on the same examples."""
 
+import dataclasses
+import itertools
+
+import numpy as np
 import pytest
+from scipy import stats
 
 from gemfilter_jax.evals import summary
-from gemfilter_jax.evals.example import Example, Outcome
+from gemfilter_jax.evals.result_file import Line
 
 
 @pytest.mark.parametrize(
@@ -27,47 +32,89 @@ def test_wilson_of_no_proportion(successes, trials):
         summary.wilson(successes, trials)
 
 
-def outcome(tokens: int, **scores: float) -> Outcome:
-    example = Example("keys", "0123456789" * 10, "Where are they?", ("Attic",), tokens)
-    return Outcome(example, answer="", scores=scores, timings={})
+def test_a_mean_of_rights_and_wrongs_has_wilsons_interval():
+    made = summary.mean([1.0] * 81 + [0.0] * 182)
+    assert (made.count, made.full, made.binary) == (263, 81, True)
+    assert (made.value, made.low, made.high) == pytest.approx((81 / 263, 0.2553, 0.3662), abs=5e-5)
+    assert str(made) == "0.31 (.26-.37)"
 
 
-def test_summary_by_length():
-    counted = summary.by_length(
-        [
-            outcome(100, right=True, kept=1.0, facts_kept=1.0),
-            outcome(200, right=False, kept=0.5, facts_kept=0.5),
-            outcome(100, right=False, kept=0.5, facts_kept=0.0),
-        ]
-    )
-    assert counted[100] == summary.Summary(
-        asked=2,
-        means={"right": 0.5, "kept": 0.75, "facts_kept": 0.5},
-        full={"right": 1, "kept": 1, "facts_kept": 1},
-    )
-    assert counted[200] == summary.Summary(
-        asked=1,
-        means={"right": 0.0, "kept": 0.5, "facts_kept": 0.5},
-        full={"right": 0, "kept": 0, "facts_kept": 0},
-    )
+def test_a_mean_of_other_scores_has_a_bootstrap_interval():
+    """It is near the normal one, within what 9,999 resamples leave open: some thousandths."""
+    values = np.linspace(0.2, 0.8, 200)
+    made = summary.mean(values.tolist())
+    half = 1.96 * values.std() / np.sqrt(len(values))
+    assert not made.binary
+    assert (made.value, made.low, made.high) == pytest.approx((0.5, 0.5 - half, 0.5 + half), abs=0.003)
+    assert made == summary.mean(values.tolist())
+    assert summary.mean([0.5, 0.5]).low == summary.mean([0.5, 0.5]).high == 0.5
 
 
-@pytest.mark.parametrize(
-    ("column", "heading", "cell"),
-    [
-        (summary.ASKED, "asked", "263"),
-        (summary.count("right"), "right", "81"),
-        (summary.proportion("right"), "right (95 %)", "81 (.26-.37)"),
-        (summary.proportion("right", "all kept"), "all kept (95 %)", "81 (.26-.37)"),
-        (summary.mean("facts_kept"), "facts kept", "0.63"),
-        (summary.mean("facts_kept", "needle kept"), "needle kept", "0.63"),
-    ],
-)
-def test_columns(column, heading, cell):
-    counted = summary.Summary(asked=263, means={"facts_kept": 0.634}, full={"right": 81})
-    assert (column.heading, column.cell(counted)) == (heading, cell)
+def line(number=0, method="default", keep=512, length=100, **changes) -> Line:
+    made = Line(
+        length=length, number=number, method=method, keep=keep, name="", group="", depth=None, tokens=90, question="?",
+        expected=(), answer="", scores={}, prompt_tokens=1, seconds={},
+    )  # fmt: skip
+    return dataclasses.replace(made, **changes)
 
 
-def test_columns_that_suit_scores():
-    headings = [column.heading for column in summary.columns_of({"right": True, "word_f1": 0.25})]
-    assert headings == ["asked", "right (95 %)", "word f1"]
+LINES = [
+    line(0, scores={"right": 1.0, "kept": 0.5}, seconds={"filter": 1.0, "compile": 9.0}, group="a"),
+    line(1, scores={"right": 0.0}, seconds={"filter": 2.0, "decode": 3.0}, group="b", tokens=94),
+    line(2, error="too long", group="a", tokens=92),
+    line(0, "bm25", 256, scores={"right": 1.0}, seconds={"decode": 0.5}, group="a"),
+    line(0, length=200, scores={"right": 1.0}, group="a"),
+]
+
+
+def test_summaries_are_by_method_budget_and_length():
+    first, second, third = summary.summarise(LINES)
+    assert (first.method, first.keep, first.length, first.group) == ("default", 512, 100, None)
+    assert (first.examples, first.errors, first.tokens, first.seconds) == (3, 1, 92, 3.0)
+    assert {name: (one.value, one.count) for name, one in first.scores.items()} == {"right": (0.5, 2), "kept": (0.5, 1)}
+    assert (second.method, second.keep, second.seconds) == ("bm25", 256, 0.5)
+    assert (third.length, third.examples) == (200, 1)
+    grouped = summary.summarise(LINES, by_group=True)
+    assert [(one.group, one.examples) for one in grouped[:2]] == [("a", 2), ("b", 1)]
+
+
+def test_nothing_but_errors_has_no_scores():
+    (made,) = summary.summarise([line(error="too long")])
+    assert (made.examples, made.errors, made.scores, made.seconds) == (1, 1, {}, None)
+
+
+def scores(values) -> dict:
+    return {(100, number): value for number, value in enumerate(values)}
+
+
+@pytest.mark.parametrize(("better", "worse"), [(9, 1), (3, 3), (0, 6), (0, 0), (1, 0)])
+def test_rights_are_compared_by_the_exact_sign_test(better, worse):
+    first = [1.0] * better + [0.0] * worse + [1.0, 0.0]
+    second = [0.0] * better + [1.0] * worse + [1.0, 0.0]
+    made = summary.compare(scores(first), scores(second))
+    count = better + worse
+    tails = [stats.binom.pmf(k, count, 0.5) for k in range(count + 1)]
+    expected = sum(one for one in tails if one <= tails[better] * (1 + 1e-9))
+    assert (made.examples, made.better, made.worse) == (count + 2, better, worse)
+    assert made.difference == pytest.approx((better - worse) / (count + 2))
+    assert made.p == pytest.approx(expected)
+
+
+def test_other_scores_are_compared_by_exchanging_them():
+    """Against all 2^12 exchanges; 9,999 random ones differ by at most four standard errors."""
+    rng = np.random.default_rng(3)
+    first, second = rng.random(12), rng.random(12) - 0.25
+    made = summary.compare(scores(first), scores(second))
+    differences = first - second
+    exchanged = np.array(list(itertools.product([-1, 1], repeat=12))) @ differences
+    exact = (np.abs(exchanged) >= abs(differences.sum()) - 1e-9).mean()
+    assert 0.02 < exact < 0.5
+    assert made.p == pytest.approx(exact, abs=4 * np.sqrt(exact * (1 - exact) / 9_999) + 1e-4)
+    assert (made.better, made.worse) == ((differences > 0).sum(), (differences < 0).sum())
+
+
+def test_only_examples_with_both_scores_are_compared():
+    first, second = scores([1.0, 1.0, 0.0]), {(100, 1): 0.0, (200, 1): 1.0}
+    assert summary.compare(first, second).examples == 1
+    assert summary.compare(first, {}) is None
+    assert summary.scores_by_example(LINES, ("default", 512), "kept") == {(100, 0): 0.5}

@@ -9,7 +9,6 @@ import pathlib
 import re
 import subprocess
 import sys
-import types
 from typing import ClassVar
 
 import pytest
@@ -21,6 +20,7 @@ from gemfilter_jax.evals import tasks
 from gemfilter_jax.evals.example import Example
 from gemfilter_jax.evals.task import Task
 from gemfilter_jax.methods.full import Full
+from gemfilter_jax.pipeline import KeptText, Result
 from gemfilter_jax.settings import option
 
 TOKENS = 700
@@ -92,12 +92,10 @@ def test_scores(name, tokenizer):
 
 
 @every_task
-def test_names_columns_and_help(name):
+def test_names_and_help(name):
     make = tasks.TASKS[name]
     assert make.name == name
     assert make.title
-    headings = [column.heading for column in make.columns]
-    assert len(set(headings)) == len(headings)
     assert make.__doc__.split("\n\n")[0] != Task.__doc__.split("\n\n")[0]
 
 
@@ -115,7 +113,7 @@ def test_options_make_flags(name, monkeypatch):
             one.check(one.default, one.name)
             given.append(f"--{one.name}={one.default}")
     monkeypatch.setattr(evaluate, "FLAGS", copy.deepcopy(evaluate.FLAGS))
-    evaluate.FLAGS(["evaluate", f"--questions={name}", *given])
+    evaluate.FLAGS(["evaluate", f"--task={name}", *given])
     assert evaluate._chosen_task() == small(name)
     assert set(small(name).settings) == {one.name for one in make.options()}
 
@@ -143,7 +141,7 @@ class Repeated(Task):
     title: ClassVar[str] = "Repeated words"
     word: str = option("zebra", "The word.")
     weight: float = option(0.5, "The score of an answer without the word.", at_least=0, at_most=1)
-    seed: int = option(7, "Not of held_out.", at_least=1)
+    seed: int = option(7, "Not of hidden_facts.", at_least=1)
 
     def examples(self, tokenizer, tokens):
         yield Example("word", "apple " * (tokens // 2), f"Say {self.word}.", (self.word,), tokens)
@@ -152,7 +150,8 @@ class Repeated(Task):
         return 4
 
     def score(self, example, answer):
-        return {"said": self.word in answer, "partial_credit": 1.0 if self.word in answer else self.weight}
+        said = self.word in answer
+        return {"said": float(said), "partial_credit": 1.0 if said else self.weight}
 
 
 @pytest.fixture
@@ -165,49 +164,70 @@ def command_with_third_task(monkeypatch):
     return module
 
 
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Answers "kiwi" with full attention, else "apple"."""
+
+    checkpoint: object
+    preset: object
+    message_format: str = "{text}{question}"
+    chat_template: bool = True
+
+    def generate(self, text, question, *, method, max_new_tokens):
+        assert (text[:12], question, max_new_tokens) == ("apple apple ", "Say kiwi.", 4)
+        answer = "kiwi" if isinstance(method, Full) else "apple"
+        return Result(answer, (), "stop", KeptText(text, 130, (0,), ()), {"decode": 0.125})
+
+
 def test_a_third_task_is_one_class_and_one_registry_line(
     command_with_third_task, smollm2, monkeypatch, tmp_path, capsys
 ):
-    def generate(text, question, *, method, max_new_tokens):
-        assert (text[:12], question, max_new_tokens) == ("apple apple ", "Say kiwi.", 4)
-        answer = "kiwi" if isinstance(method, Full) else "apple"
-        return types.SimpleNamespace(text=answer, selection=None, timings={"decode": 0.125})
-
-    model = types.SimpleNamespace(checkpoint=smollm2.checkpoint, preset=smollm2.preset, generate=generate)
-    monkeypatch.setattr(cli_options, "load_pipeline", lambda _: model)
-    output = tmp_path / "result.json"
+    monkeypatch.setattr(cli_options, "load_pipeline", lambda _: Model(smollm2.checkpoint, smollm2.preset))
+    output = tmp_path / "result.jsonl"
     command_with_third_task.FLAGS(
         [
-            *("evaluate", "--questions=repeated", "--word=kiwi", "--weight=0.25", "--lengths=120", "--keep=64"),
-            *("--method=full", "--method=default", f"--output={output}"),
+            *("evaluate", "--task=repeated", "--word=kiwi", "--weight=0.25", "--lengths=120", "--keep=64"),
+            *("--method=full,default", f"--output={output}"),
         ]
     )
     command_with_third_task.main([])
-    result = json.loads(output.read_text())
-    assert result["task"] == "repeated"
-    assert result["questions"] == {"word": "kiwi", "weight": 0.25, "seed": 7}
-    columns = ["method", "text tokens", "keep", "asked", "said (95 %)", "partial credit"]
-    assert [list(row) for row in result["rows"]] == [columns, columns]
-    assert [list(row.values()) for row in result["rows"]] == [
-        ["full", "120", "all", "1", "1 (.21-1.00)", "1.00"],
-        ["default", "120", "64", "1", "0 (.00-.79)", "0.25"],
+    heading, *lines = map(json.loads, output.read_text().splitlines())
+    assert heading["task"] == "repeated"
+    assert heading["options"] == {"word": "kiwi", "weight": 0.25, "seed": 7}
+    assert [one["method"] for one in heading["methods"]] == ["full", "default"]
+    assert [(one["method"], one["keep"], one["answer"], one["scores"]) for one in lines] == [
+        ("full", "all", "kiwi", {"said": 1.0, "partial_credit": 1.0}),
+        ("default", 64, "apple", {"said": 0.0, "partial_credit": 0.25}),
     ]
-    example = {"tokens": 120, "name": "word", "depth": None, "question": "Say kiwi.", "expected": ["kiwi"]}
-    timings = {"seconds": {"decode": 0.12}}
-    assert result["cases"] == [
-        {"method": "full", **example, "answer": "kiwi", "said": True, "partial_credit": 1.0, **timings},
-        {"method": "default", **example, "answer": "apple", "said": False, "partial_credit": 0.25, **timings},
-    ]
-    assert "Repeated words" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "Repeated words" in shown
+    assert "0.25 (.25-.25)" in shown
+
+
+def test_the_example_in_the_documentation(tokenizer):
+    """Its code block, as it stands."""
+    text = (pathlib.Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    space: dict = {"__name__": "example"}
+    exec(code, space)
+    make = space["Passwords"]
+    (example,) = make(seed=3).examples(tokenizer, 500)
+    ((start, end),) = example.spans
+    assert example.text[start:end] == f"The password is {example.references[0]}."
+    assert 0 <= len(tokenizer(example.text)["input_ids"]) - 500 <= 20
+    assert make().score(example, f"It is {example.references[0]}") == {"right": 1.0}
+    assert make().score(example, "It is 3") == {"right": 0.0}
+    assert make(seed=4) != make() == make(seed=0)
+    assert make().settings == {"seed": 0}
 
 
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["--questions=repeated", "--count=3"], "--count means nothing to --questions=repeated"),
-        (["--questions=needles", "--seed=3"], "give --questions=held_out or "),
-        (["--questions=repeated", "--weight=1.5"], "--weight=1.5: expected a number in [0, 1]"),
-        (["--questions=repeated", "--seed=0"], "--seed=0: expected a number of at least 1"),
+        (["--task=repeated", "--count=3"], "--count means nothing to --task=repeated"),
+        (["--task=needles", "--seed=3"], "give --task=hidden_facts or "),
+        (["--task=repeated", "--weight=1.5"], "--weight=1.5: expected a number in [0, 1]"),
+        (["--task=repeated", "--seed=0"], "--seed=0: expected a number of at least 1"),
     ],
 )
 def test_options_of_a_third_task_are_checked(command_with_third_task, given, said):
@@ -220,6 +240,6 @@ def test_options_of_a_third_task_are_checked(command_with_third_task, given, sai
 def test_options_of_one_name_share_a_flag(command_with_third_task):
     module = command_with_third_task
     assert "Default: 0." in module.FLAGS["seed"].help
-    assert "repeated: Not of held_out. A number of at least 1. Default: 7." in module.FLAGS["seed"].help
-    module.FLAGS(["evaluate", "--questions=held_out", "--seed=0"])
+    assert "repeated: Not of hidden_facts. A number of at least 1. Default: 7." in module.FLAGS["seed"].help
+    module.FLAGS(["evaluate", "--task=hidden_facts", "--seed=0"])
     assert module._chosen_task().settings["seed"] == 0
