@@ -24,6 +24,7 @@ class Row:
     """One method at one prompt length.
 
     Attributes:
+      kept_tokens: of the prompt; where keys and values are evicted, those of each layer and key head.
       seconds: median over the repeats, by stage.
       total: median over the repeats of the sum of all stages but compilation.
       ratio: median over the repeats of full attention's total divided by this method's; None without full attention.
@@ -74,10 +75,10 @@ def run(
                 if repeat:
                     runs[name].append(result)
                     peaks[name] = max(peaks.get(name, 0), peak_memory())
-        yield [_row(name, runs, peaks[name]) for name in methods]
+        yield [_row(name, method, runs, peaks[name]) for name, method in methods.items()]
 
 
-def _row(name: str, runs: Mapping[str, list], peak: int) -> Row:
+def _row(name: str, method: Method, runs: Mapping[str, list], peak: int) -> Row:
     results = runs[name]
     stages = [stage for stage in results[0].timings if stage != COMPILE]
     ratio = None
@@ -86,7 +87,7 @@ def _row(name: str, runs: Mapping[str, list], peak: int) -> Row:
     return Row(
         method=name,
         prompt_tokens=results[0].selection.prompt_tokens,
-        kept_tokens=results[0].selection.kept_tokens,
+        kept_tokens=min(results[0].selection.kept_tokens, method.budget or results[0].selection.prompt_tokens),
         seconds={stage: statistics.median(result.timings[stage] for result in results) for stage in stages},
         total=statistics.median(map(_total, results)),
         ratio=ratio,

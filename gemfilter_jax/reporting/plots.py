@@ -80,10 +80,11 @@ def heat_maps(results: "ResultFile", score: str, path: str) -> None:
         axes.set_title(f"{_label(contestant)}: {average}", fontsize=10)
         axes.set_xticks(range(len(lengths)), ["own" if one is None else f"{one:,}" for one in lengths], rotation=45)
         axes.set_yticks(range(len(parts)), [part or "all" for part in parts])
-    for axes in panels.flat[len(contestants) :]:
+    for index, axes in enumerate(panels.flat[len(contestants) :], len(contestants)):
         axes.set_axis_off()
+        panels.flat[index - columns].tick_params(labelbottom=True)
     figure.colorbar(panels[0][0].images[0], ax=panels, label=score.replace("_", " "), shrink=0.8)
-    figure.suptitle(f"{results.heading['title']}, {results.heading['model']} (grey: no answer)", fontsize=11)
+    figure.suptitle(f"{_title(results)}\n(grey: no answer)", fontsize=11)
     figure.supxlabel("text tokens", fontsize=10)
     _write(figure, path)
 
@@ -123,8 +124,12 @@ def by_budget(results: "ResultFile", score: str, path: str) -> None:
     panels[0].set_ylabel(score.replace("_", " "))
     handles = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True))
     figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=9)
-    figure.suptitle(f"{results.heading['title']}, {results.heading['model']}, 95 % intervals", fontsize=11)
+    figure.suptitle(f"{_title(results)}\n(95 % intervals)", fontsize=11)
     _write(figure, path)
+
+
+def _title(results: "ResultFile") -> str:
+    return f"{results.heading['title']}\n{results.heading['model']}"
 
 
 def _label(contestant: tuple[str, int | str]) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from gemfilter_jax.evals.result_file import Line, ResultFile
     from gemfilter_jax.evals.summary import Comparison, Summary
 
+_AVERAGE = "average of the parts"
 _SECONDS_BETWEEN = 30.0  # lines of progress where there is no terminal
 
 Compared = dict[tuple[str, int | str, int | None], "Comparison"]
@@ -25,13 +27,32 @@ Compared = dict[tuple[str, int | str, int | None], "Comparison"]
 
 def _columns(results: "ResultFile", *, by_group: bool) -> tuple[list[str], list[list[str]]]:
     """Headings and rows, with a column for each score."""
+    order = list(dict.fromkeys((*line.contestant, line.length) for line in results.lines))
     made = summary.summarise(results.lines, by_group=by_group)
+    if by_group:
+        made.sort(key=lambda one: order.index((one.method, one.keep, one.length)))
     scores = list(dict.fromkeys(name for line in results.lines for name in line.scores))
     errors = any(one.errors for one in made)
     headings = ["method", "keep", "text tokens"]
     headings += ["part"] * by_group + ["examples"] + ["unanswered"] * errors
     headings += [f"{_words(name)} (95 %)" for name in scores] + ["seconds"]
-    return headings, [_cells(one, scores, by_group=by_group, errors=errors) for one in made]
+    rows = []
+    for _, same in itertools.groupby(made, key=lambda one: (one.method, one.keep, one.length)):
+        parts = list(same)
+        rows += [_cells(one, scores, by_group=by_group, errors=errors) for one in parts]
+        if len(parts) > 1:
+            rows.append(_average(parts, scores, errors=errors))
+    return headings, rows
+
+
+def _average(parts: "list[Summary]", scores: Sequence[str], *, errors: bool) -> list[str]:
+    """Cells for the average of the parts of a task, each of which counts alike."""
+    cells = [*_cells(parts[0], [], by_group=False, errors=False)[:3], _AVERAGE]
+    cells += [str(sum(one.examples for one in parts))] + [str(sum(one.errors for one in parts))] * errors
+    for name in scores:
+        values = [one.scores[name].value for one in parts if name in one.scores]
+        cells.append(f"{sum(values) / len(values):.2f}" if values else "-")
+    return [*cells, "-"]
 
 
 def _cells(one: "Summary", scores: Sequence[str], *, by_group: bool, errors: bool) -> list[str]:

@@ -62,7 +62,19 @@ def test_parts_and_lengths_of_their_own():
     assert [row[:5] for row in rows] == [
         ["full", "all", "about 98", "0 %", "2"],
         ["full", "all", "about 98", "100 %", "1"],
+        ["full", "all", "about 98", "average of the parts", "3"],
     ]
+
+
+def test_parts_count_alike_in_their_average():
+    rows = cells(score_tables.markdown(RESULTS, by_group=True))[2:]
+    assert [row[3:7] for row in rows if row[:3] == ["default", "512", "1,000"]] == [
+        ["0 %", "2", "0", "1.00 (.34-1.00)"],
+        ["100 %", "2", "0", "0.50 (.09-.91)"],
+        ["average of the parts", "4", "0", "0.75"],
+    ]
+    uneven = ResultFile(HEADING, tuple(line("full", "all", 1_000, n, float(n % 2)) for n in (0, 2, 4, 1)))
+    assert cells(score_tables.markdown(uneven, by_group=True))[-1][5] == "0.50"
 
 
 def test_a_score_that_some_examples_lack_is_told_with_its_count():
