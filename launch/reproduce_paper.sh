@@ -59,11 +59,14 @@ export TRANSFORMERS_VERBOSITY=error TRANSFORMERS_NO_ADVISORY_WARNINGS=1
 
 # The model's context and layers decide what is run by default.
 defaults=$("${PYTHON:-python3}" - "$model" <<'DEFAULTS'
+import importlib.util
 import sys
 
 from gemfilter_jax.checkpoints import open_checkpoint
 from gemfilter_jax.errors import UserError
 
+if importlib.util.find_spec("matplotlib") is None:
+    sys.exit("the plots need matplotlib; install it with pip install matplotlib")
 try:
     config = open_checkpoint(sys.argv[1]).config
 except UserError as error:
@@ -71,9 +74,9 @@ except UserError as error:
 room = config.context - 200  # for the prompt around a text and the answer
 needles = [round(1_000 + index * 127_000 / 39) for index in range(40)]
 timed = [8_192, 16_384, 32_768, 65_536, 131_072]
-layers = sorted({round(layer / 32 * config.layers) for layer in (1, 7, 12, 13, 14, 19, 25, 31)})
+layers = [min(round(layer / 32 * config.layers), config.layers - 1) for layer in (1, 7, 12, 13, 14, 19, 25, 31)]
 for some in ([one for one in needles if one <= room], [min(one, room) for one in timed if one <= config.context], layers):
-    print(",".join(map(str, dict.fromkeys(some))))
+    print(",".join(map(str, dict.fromkeys(some or [room]))))
 DEFAULTS
 ) || exit 2
 lengths=${lengths:-$(echo "$defaults" | sed -n 1p)}

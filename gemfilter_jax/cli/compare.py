@@ -19,6 +19,8 @@ from gemfilter_jax.cli import command
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.evals import result_file
 
+_PLOTS = (".png", ".svg", ".pdf")
+
 FLAGS = flags.FlagValues()
 flags.DEFINE_enum("format", "text", ["text", "markdown", "json"], "Output format.", flag_values=FLAGS)
 flags.DEFINE_bool("by_group", False, "Count the parts of the task apart, such as its datasets.", flag_values=FLAGS)
@@ -41,8 +43,10 @@ def main(paths: list[str]) -> None:
     if not paths:
         raise UserError("no result file; give one or several that gemfilter evaluate --output has written")
     for name in ("heat_map", "plot"):
-        if getattr(FLAGS, name):
-            files.check_writable(getattr(FLAGS, name), name)
+        if path := getattr(FLAGS, name):
+            files.check_writable(path, name)
+            if pathlib.Path(path).suffix not in _PLOTS:
+                raise UserError(f"--{name}={path}: expected a name that ends in {', '.join(_PLOTS)}")
 
     from gemfilter_jax.reporting import plots, score_tables, terminal
 
@@ -51,13 +55,14 @@ def main(paths: list[str]) -> None:
     results = result_file.read(map(pathlib.Path, paths))
     if not results.lines:
         raise UserError(f"{', '.join(paths)}: no results yet")
-    score = FLAGS.score or results.heading.get("main_score", "right")
+    score = FLAGS.score or results.heading["main_score"]
     known = sorted({name for line in results.lines for name in line.scores})
-    if score not in known:
+    if score not in known and (FLAGS.score or FLAGS.baseline or FLAGS.heat_map or FLAGS.plot):
         raise UserError(f"--score={score}: the results have {', '.join(known) or 'no score'}")
     compared = score_tables.comparisons(results, FLAGS.baseline, score) if FLAGS.baseline else None
     if FLAGS.format == "json":
-        print(json.dumps(score_tables.as_json(results, compared, by_group=FLAGS.by_group), indent=1))
+        made = score_tables.as_json(results, compared, by_group=FLAGS.by_group)
+        print(json.dumps(made | {"baseline": FLAGS.baseline, "score": score}, indent=1))
     elif FLAGS.format == "markdown":
         print(score_tables.markdown(results, compared, by_group=FLAGS.by_group))
     else:

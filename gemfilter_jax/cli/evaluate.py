@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
+from gemfilter_jax import files
 from gemfilter_jax.cli import command, options
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.evals import result_file
@@ -72,8 +73,12 @@ _define_tasks(FLAGS)
 
 def main(_: list[str]) -> None:
     """Run the command."""
+    if FLAGS.output and processes.is_first():
+        files.check_writable(FLAGS.output, "output")
     lengths = options.lengths(FLAGS)
     task = _chosen_task()
+    if not FLAGS.answer and not task.scores_kept:
+        raise UserError(f"--noanswer scores what is kept, and --task={task.name} does not say what should be")
     if not task.sized and FLAGS["lengths"].present:
         raise UserError(f"--lengths means nothing to --task={task.name}, whose texts have lengths of their own")
     shard = _shard()
@@ -83,16 +88,18 @@ def main(_: list[str]) -> None:
 
     model = options.load_pipeline(FLAGS)
     contestants = options.contestants(FLAGS, model)
+    if evicting := [one.name for one in contestants if one.method.eviction is not None and not FLAGS.answer]:
+        raise UserError(f"--noanswer scores what is kept of the text, and {evicting[0]} keeps keys and values")
     progress = options.console()
     with terminal.status(progress, "making examples"):
         tokenizer = model.checkpoint.tokenizer
         asked = runner.trials(task, tokenizer, lengths, contestants, shard=shard)
     heading = _heading(task, lengths, contestants, model)
     path = pathlib.Path(FLAGS.output) if FLAGS.output and processes.is_first() else None
-    done = result_file.resume(path, heading, asked) if path else result_file.ResultFile(heading, ())
-    lines = list(done.lines)
+    lines = list(result_file.resume(path, heading, asked).lines) if path else []
+    done = processes.of_first(len(lines))
     with score_tables.running(progress, lines, len(asked), heading["main_score"]) as report:
-        for trial, outcome in runner.run(model, task, asked[len(lines) :], answer=FLAGS.answer):
+        for trial, outcome in runner.run(model, task, asked[done:], answer=FLAGS.answer):
             lines.append(result_file.Line.of(trial, outcome))
             if path:
                 result_file.append(path, lines[-1])

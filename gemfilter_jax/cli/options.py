@@ -268,12 +268,9 @@ def _define_options_of_methods(values: flags.FlagValues) -> None:
     for name, having in owners.items():
         if having == [GemFilter]:
             continue
-        own = {method: next(one for one in method.options() if one.name == name) for method in having}
-        defaults = ", ".join(
-            f"{' and '.join(method.variants)} {'the preset' + chr(39) + 's' if method is GemFilter else one.default}"
-            for method, one in own.items()
-        )
-        define_option(values, own[having[-1]], None, f" Default: {defaults}.")
+        own = next(one for one in having[-1].options() if one.name == name)
+        named = ", ".join(variant for method in having for variant in method.variants)
+        define_option(values, own, None, f" Of {named}. Default: the method's own, or the preset's.")
 
 
 def read_prompt(values: flags.FlagValues) -> str:
@@ -366,7 +363,9 @@ def lengths(values: flags.FlagValues) -> list[int]:
     for length in values.lengths:
         if not _is_count(length):
             raise UserError(f"--lengths={','.join(values.lengths)}: {length!r} is not a whole number of at least 1")
-    return [int(length) for length in values.lengths]
+    if not values.lengths:
+        raise UserError("--lengths is empty; give one number or several, separated by commas")
+    return list(dict.fromkeys(map(int, values.lengths)))
 
 
 def contestants(values: flags.FlagValues, model: "Pipeline") -> "list[Contestant]":
@@ -388,8 +387,7 @@ def contestants(values: flags.FlagValues, model: "Pipeline") -> "list[Contestant
         for keep in budgets:
             method = methods.make(name, model.preset, **given | _budget(keep))
             method.check(model.checkpoint.model)
-            shown = "all" if method.budget is None else "auto" if keep == "auto" else method.budget
-            one = Contestant(name, shown, method)
+            one = Contestant(name, method.keep_shown, method)
             made[one.label] = one
     return list(made.values())
 

@@ -55,6 +55,11 @@ def read_folder(folder: pathlib.Path) -> tuple[str, ...]:
     return tuple(paragraphs)
 
 
+def of_folder_or_essays(folder: str | None) -> tuple[str, ...]:
+    """The paragraphs of a folder's files, or the built-in essays if None; see `read_folder`."""
+    return built_in("essays") if folder is None else read_folder(pathlib.Path(folder))
+
+
 @dataclasses.dataclass(frozen=True)
 class Haystack:
     """A long text and the ends of its tokens.

@@ -6,9 +6,11 @@ these lines alone.
 
 import dataclasses
 import json
+import math
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, BinaryIO
+from types import NoneType
+from typing import TYPE_CHECKING, Any
 
 from gemfilter_jax.errors import UserError
 
@@ -17,6 +19,27 @@ if TYPE_CHECKING:
     from gemfilter_jax.evals.runner import Trial
 
 _WHERE_IT_RAN = "environment"
+_OF_ONE_RUN = (
+    *("task", "title", "main_score", "options", "answer"),
+    *("model", "dtype", "weights", "chat_template", "message_format", "methods"),
+)
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "number": int,
+    "tokens": int,
+    "method": str,
+    "name": str,
+    "group": str,
+    "question": str,
+    "answer": str,
+    "keep": (int, str),
+    "length": (int, NoneType),
+    "prompt_tokens": (int, NoneType),
+    "error": (str, NoneType),
+    "depth": (int, float, NoneType),
+    "expected": list,
+    "scores": dict,
+    "seconds": dict,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +104,16 @@ class Line:
         """Method and budget."""
         return self.method, self.keep
 
+    @property
+    def label(self) -> str:
+        """See `Contestant.label`."""
+        return label(self.method, self.keep)
+
+
+def label(method: str, keep: int | str) -> str:
+    """A method and its budget as one word."""
+    return method if keep == "all" else f"{method}@{keep}"
+
 
 @dataclasses.dataclass(frozen=True)
 class ResultFile:
@@ -98,31 +131,47 @@ def resume(path: pathlib.Path, heading: Mapping[str, Any], asked: Sequence["Tria
     """Make a result file, or go on with one: returns what it holds and cuts a torn last line off.
 
     Raises:
-      UserError: the file belongs to another run, or cannot be written.
+      UserError: the file belongs to another run or is no result file, or cannot be written.
     """
     first = (json.dumps(heading) + "\n").encode()
-    with _opened(path) as file:
-        whole = [line for line in file.read().splitlines(keepends=True) if line.endswith(b"\n")]
-        if not whole:
+    try:
+        path.touch()
+        with path.open("r+b") as file:
+            held = file.read()
+            whole = [line for line in held.splitlines(keepends=True) if line.endswith(b"\n")]
+            if whole:
+                found = _checked(path, whole, json.loads(first), asked)
+                file.truncate(sum(map(len, whole)))
+                return found
+            start = first[: first.index(b",")]
+            if not (start.startswith(held) or held.startswith(start)):
+                raise UserError(f"{path}: is no file that gemfilter evaluate has written; give a new one")
             file.seek(0)
             file.truncate()
             file.write(first)
             return ResultFile(heading, ())
-        found = _object(whole[0], f"{path}: line 1")
-        for name in {**found, **heading}:
-            if name != _WHERE_IT_RAN and found.get(name) != json.loads(first).get(name):
-                raise UserError(
-                    f"{path}: is of another run: its {name} is {json.dumps(found.get(name))[:200]}, now it is "
-                    f"{json.dumps(heading.get(name))[:200]}; give a new file"
-                )
-        lines = [_line(line, f"{path}: line {number}") for number, line in enumerate(whole[1:], 2)]
-        for number, (line, trial) in enumerate(zip(lines, asked, strict=False), 2):
-            wanted = (trial.length, trial.number), (trial.contestant.name, trial.contestant.keep)
-            if (line.example, line.contestant) != wanted or line.question != trial.example.question:
-                raise UserError(f"{path}: line {number} is of another run; give a new file")
-        if len(lines) > len(asked):
-            raise UserError(f"{path}: has {len(lines)} results, the run has {len(asked)}; give a new file")
-        file.truncate(sum(map(len, whole)))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def _checked(
+    path: pathlib.Path, whole: Sequence[bytes], heading: Mapping[str, Any], asked: Sequence["Trial"]
+) -> ResultFile:
+    """The lines of a file, all of which must be the first ones of this run."""
+    found = _object(whole[0], f"{path}: line 1")
+    for name in {**found, **heading}:
+        if name != _WHERE_IT_RAN and found.get(name) != heading.get(name):
+            raise UserError(
+                f"{path}: is of another run: its {name} is {json.dumps(found.get(name))[:200]}, now it is "
+                f"{json.dumps(heading.get(name))[:200]}; give a new file"
+            )
+    lines = [_line(line, f"{path}: line {number}") for number, line in enumerate(whole[1:], 2)]
+    if len(lines) > len(asked):
+        raise UserError(f"{path}: has {len(lines)} results, the run has {len(asked)}; give a new file")
+    for number, (line, trial) in enumerate(zip(lines, asked, strict=False), 2):
+        wanted = (trial.length, trial.number), (trial.contestant.name, trial.contestant.keep)
+        if (line.example, line.contestant) != wanted or line.question != trial.example.question:
+            raise UserError(f"{path}: line {number} is of another run; give a new file")
     return ResultFile(found, tuple(lines))
 
 
@@ -139,14 +188,6 @@ def append(path: pathlib.Path, line: Line) -> None:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
-def _opened(path: pathlib.Path) -> BinaryIO:
-    try:
-        path.touch()
-        return path.open("r+b")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
-
-
 def read(paths: Iterable[pathlib.Path]) -> ResultFile:
     """The results of files of one run: its shards, or runs of other methods, budgets or lengths on the same examples.
 
@@ -155,25 +196,52 @@ def read(paths: Iterable[pathlib.Path]) -> ResultFile:
     """
     heading: dict[str, Any] = {}
     lines: dict[tuple, Line] = {}
+    questions: dict[tuple, str] = {}
     for path in paths:
         try:
             whole = path.read_bytes().splitlines(keepends=True)
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
         found = _object(whole[0] if whole else b"", f"{path}: line 1")
-        for name in ("task", "options", "answer", "model", "chat_template", "message_format"):
-            if name not in found:
-                raise UserError(f"{path}: line 1 has no {name!r}; give a file that gemfilter evaluate has written")
-            if heading and found[name] != heading[name]:
-                raise UserError(f"{path}: its {name} is {found[name]!r}, that of the first file {heading[name]!r}")
-        heading = heading or found
+        heading = _merged(heading, found, path) if heading else _with_all_fields(found, path)
         for number, text in enumerate(whole[1:], 2):
             if text.endswith(b"\n"):  # else a run is writing it, or was killed
                 line = _line(text, f"{path}: line {number}")
                 if (line.example, line.contestant) in lines:
-                    raise UserError(f"{path}: line {number} repeats a result of {line.method} for {line.name!r}")
+                    raise UserError(f"{path}: line {number} repeats a result of {line.label} for {line.name!r}")
+                if questions.setdefault(line.example, line.question) != line.question:
+                    raise UserError(f"{path}: line {number} asks something else than the other files do")
                 lines[line.example, line.contestant] = line
-    return ResultFile(heading, tuple(lines.values()))
+    order = list(dict.fromkeys(line.contestant for line in lines.values()))
+    sort_key = {one: place for place, one in enumerate(order)}
+    return ResultFile(
+        heading,
+        tuple(sorted(lines.values(), key=lambda one: (one.length or 0, sort_key[one.contestant], one.number))),
+    )
+
+
+def _with_all_fields(heading: dict[str, Any], path: pathlib.Path) -> dict[str, Any]:
+    for name in _OF_ONE_RUN:
+        if name not in heading:
+            raise UserError(f"{path}: line 1 has no {name!r}; give a file that gemfilter evaluate has written")
+    return heading
+
+
+def _merged(heading: dict[str, Any], other: dict[str, Any], path: pathlib.Path) -> dict[str, Any]:
+    """The heading of several files; a method that both have must have the same options in both."""
+    _with_all_fields(other, path)
+    for name in _OF_ONE_RUN:
+        if name != "methods" and other[name] != heading[name]:
+            raise UserError(f"{path}: its {name} is {other[name]!r}, that of the first file {heading[name]!r}")
+    methods = {(one["method"], one["keep"]): one for one in heading["methods"]}
+    for one in other["methods"]:
+        known = methods.setdefault((one["method"], one["keep"]), one)
+        if known != one:
+            raise UserError(
+                f"{path}: its options of {label(one['method'], one['keep'])} are {one['options']}, those of the files "
+                f"before {known['options']}"
+            )
+    return heading | {"methods": list(methods.values())}
 
 
 def _object(text: bytes, where: str) -> dict[str, Any]:
@@ -188,8 +256,12 @@ def _object(text: bytes, where: str) -> dict[str, Any]:
 
 def _line(text: bytes, where: str) -> Line:
     fields = _object(text, where)
-    names = {field.name for field in dataclasses.fields(Line)}
-    if fields.keys() != names or not isinstance(fields["scores"], dict) or not isinstance(fields["seconds"], dict):
-        raise UserError(f"{where} is no result: expected the fields {', '.join(sorted(names))}")
+    sound = fields.keys() == _TYPES.keys() and all(isinstance(fields[name], kind) for name, kind in _TYPES.items())
+    if not sound or not all(_is_number(value) for part in ("scores", "seconds") for value in fields[part].values()):
+        raise UserError(f"{where} is no result: expected the fields {', '.join(sorted(_TYPES))}")
     fields["expected"] = tuple(fields["expected"])
     return Line(**fields)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

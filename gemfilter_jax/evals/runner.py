@@ -6,8 +6,12 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+import jax
+
 from gemfilter_jax.errors import UserError
+from gemfilter_jax.evals import result_file
 from gemfilter_jax.evals.example import Example, Outcome
+from gemfilter_jax.parallel import processes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -15,6 +19,9 @@ if TYPE_CHECKING:
     from gemfilter_jax.evals.task import Task
     from gemfilter_jax.methods.base import Method
     from gemfilter_jax.pipeline import Document, Pipeline
+
+
+_OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +40,7 @@ class Contestant:
     @property
     def label(self) -> str:
         """Name and budget."""
-        return self.name if self.keep == "all" else f"{self.name}@{self.keep}"
+        return result_file.label(self.name, self.keep)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,25 +92,30 @@ def run(
 ) -> Iterator[tuple[Trial, Outcome]]:
     """Run trials in order. A method that can do so reads a text only once for all questions and budgets.
 
-    A trial that cannot be run, such as full attention beyond the context, has an outcome with an error.
+    A trial that is refused, such as full attention beyond the context, or that the device's memory is too small for has
+    an outcome with an error.
 
     Args:
       answer: if not, only what methods keep of the texts is scored.
     """
     for (_, text), same in itertools.groupby(asked, key=lambda trial: (trial.contestant.name, trial.example.text)):
         group = list(same)
-        of_all = _for(model, group[0].example)
+        of_all = _with_format(model, group[0].example)
         document = of_all.document(text, method=group[0].contestant.method) if len(group) > 1 else None
         for trial in group:
-            own = _for(model, trial.example)
+            own = _with_format(model, trial.example)
             read = document if own == of_all else None
             try:
                 yield trial, _outcome(own, task, trial, read, answer=answer)
             except UserError as error:
                 yield trial, Outcome(error=str(error))
+            except jax.errors.JaxRuntimeError as error:
+                if _OUT_OF_MEMORY not in str(error) or processes.is_one_of_several():
+                    raise
+                yield trial, Outcome(error="the device's memory is too small")
 
 
-def _for(model: "Pipeline", example: Example) -> "Pipeline":
+def _with_format(model: "Pipeline", example: Example) -> "Pipeline":
     """The pipeline with an example's message format."""
     if example.message_format is None and not example.plain:
         return model

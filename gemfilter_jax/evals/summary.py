@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from gemfilter_jax.evals.result_file import Line
 
 _RESAMPLES = 9_999
+_COMPILE, _READ = "compile", "read"  # stages; see `pipeline.Result`
 _SEED = 0  # of the resamples, so that equal results give equal intervals
 
 
@@ -17,17 +18,13 @@ class Mean:
 
     Attributes:
       count: number of examples that have the score.
-      full: number of those with the score 1.
       low, high: Wilson's interval (1927) if all scores are 0 or 1, else a bootstrap interval.
-      binary: whether all are 0 or 1.
     """
 
     count: int
-    full: int
     value: float
     low: float
     high: float
-    binary: bool
 
     def __str__(self) -> str:
         low, high = (f"{bound:.2f}".removeprefix("0") for bound in (self.low, self.high))
@@ -36,10 +33,9 @@ class Mean:
 
 def mean(values: Sequence[float]) -> Mean:
     """The mean of at least one number from 0 to 1."""
-    value, binary = sum(values) / len(values), set(values) <= {0, 1}
-    full = sum(one == 1 for one in values)
-    low, high = wilson(full, len(values)) if binary else _bootstrap(values)
-    return Mean(len(values), full, value, low, high, binary)
+    value, count = sum(values) / len(values), len(values)
+    low, high = wilson(round(sum(values)), count) if set(values) <= {0, 1} else _bootstrap(values)
+    return Mean(count, value, min(low, value), max(high, value))
 
 
 def wilson(successes: int, trials: int) -> tuple[float, float]:
@@ -60,8 +56,9 @@ def _bootstrap(values: Sequence[float]) -> tuple[float, float]:
     """The 95 % percentile interval of the mean."""
     import numpy as np
 
-    drawn = np.random.default_rng(_SEED).choice(np.asarray(values), (_RESAMPLES, len(values)))
-    low, high = np.quantile(drawn.mean(axis=1), [0.025, 0.975])
+    rng, held = np.random.default_rng(_SEED), np.asarray(values)
+    means = [rng.choice(held, len(held)).mean() for _ in range(_RESAMPLES)]
+    low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
 
 
@@ -75,7 +72,9 @@ class Summary:
       examples: number of examples, errors included. errors: how many of these have no answer.
       tokens: mean length of the texts.
       scores: by name; empty if no example has an answer.
-      seconds: median seconds of an answer, all stages but compilation; None without an answer.
+      seconds: median seconds of an answer, all stages but compilation and the reading of a document that serves
+        several; None without an answer.
+      reading: median seconds of such a reading; None if there was none.
     """
 
     method: str
@@ -87,6 +86,7 @@ class Summary:
     tokens: float
     scores: Mapping[str, Mean]
     seconds: float | None
+    reading: float | None
 
 
 def summarise(lines: Iterable["Line"], *, by_group: bool = False) -> list[Summary]:
@@ -105,7 +105,8 @@ def _summary(lines: "list[Line]", group: str | None) -> Summary:
     for line in lines:
         for name, value in line.scores.items():
             values.setdefault(name, []).append(value)
-    seconds = [total_seconds(line) for line in lines if line.error is None]
+    seconds = [_seconds(line) for line in lines if line.error is None]
+    reading = [line.seconds[_READ] for line in lines if _READ in line.seconds]
     return Summary(
         method=lines[0].method,
         keep=lines[0].keep,
@@ -116,14 +117,12 @@ def _summary(lines: "list[Line]", group: str | None) -> Summary:
         tokens=statistics.mean(line.tokens for line in lines),
         scores={name: mean(own) for name, own in values.items()},
         seconds=statistics.median(seconds) if seconds else None,
+        reading=statistics.median(reading) if reading else None,
     )
 
 
-def total_seconds(line: "Line") -> float:
-    """Seconds of all stages but compilation."""
-    from gemfilter_jax.timing import COMPILE
-
-    return sum(seconds for stage, seconds in line.seconds.items() if stage != COMPILE)
+def _seconds(line: "Line") -> float:
+    return sum(seconds for stage, seconds in line.seconds.items() if stage not in (_COMPILE, _READ))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,9 +160,9 @@ def compare(first: Mapping[tuple, float], second: Mapping[tuple, float]) -> Comp
     if set(differences.tolist()) <= {-1.0, 0.0, 1.0}:
         p = float(stats.binomtest(better, better + worse).pvalue) if better + worse else 1.0
     else:
-        signs = np.random.default_rng(_SEED).choice([-1.0, 1.0], (_RESAMPLES, len(both)))
-        as_far = np.abs(signs @ differences) >= abs(differences.sum()) * (1 - 1e-12)
-        p = float((as_far.sum() + 1) / (_RESAMPLES + 1))
+        rng, least = np.random.default_rng(_SEED), abs(differences.sum()) * (1 - 1e-12)
+        as_far = sum(abs(rng.choice([-1.0, 1.0], len(both)) @ differences) >= least for _ in range(_RESAMPLES))
+        p = float((as_far + 1) / (_RESAMPLES + 1))
     return Comparison(len(both), better, worse, float(differences.mean()), p)
 
 

@@ -28,12 +28,14 @@ class Task(abc.ABC):
       title: heading of the result table.
       main_score: the score by which methods are compared.
       sized: whether texts are made as long as asked. If not, they have lengths of their own.
+      scores_kept: whether what a method keeps is scored; see `score_kept`.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     main_score: ClassVar[str] = "right"
     sized: ClassVar[bool] = True
+    scores_kept: ClassVar[bool] = True
 
     def __post_init__(self):
         for one in self.options():

@@ -112,6 +112,11 @@ class Method(abc.ABC):
         return None
 
     @property
+    def keep_shown(self) -> int | str:
+        """The budget as results name it: a number of tokens, "auto", or "all"."""
+        return "all" if self.budget is None else self.budget
+
+    @property
     def observation_rows(self) -> int:
         """How many tokens at the end of a text stand for its question where none is asked apart."""
         return 0

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class BM25(TextPassages):
     """Keep the passages that share the rarest words with the question, by the library `bm25s` at its defaults.
 
-    Words are lower-cased runs of letters and digits. Each passage counts as a document. The baseline that needs no
-    model.
+    Words are lower-cased runs of letters and digits; a text without spaces, as in Chinese, therefore has few. Each
+    passage counts as a document. The baseline that needs no model.
     """
 
     variants: ClassVar[Mapping[str, str]] = {"bm25": "passages that share words with the question, no model needed"}
@@ -29,7 +29,11 @@ class BM25(TextPassages):
         import numpy as np
 
         *corpus, question = bm25s.tokenize(
-            [*passages, prompt.question], stopwords=[], return_ids=False, show_progress=False
+            [*passages, prompt.question],
+            token_pattern=r"[^\W_]+",
+            stopwords=[],
+            return_ids=False,
+            show_progress=False,
         )
         known = set().union(*corpus)
         asked = [word for word in question if word in known]

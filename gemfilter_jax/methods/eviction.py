@@ -28,14 +28,14 @@ class EvictingMethod(Method):
     keep: int = option(1024, "Tokens of the prompt whose keys and values are kept.", at_least=1)
 
     @property
-    def always(self) -> tuple[str, int]:
-        """An option that names a number of tokens that are always kept, and this number, which must be below K."""
-        raise NotImplementedError
+    @abc.abstractmethod
+    def reserved(self) -> tuple[str, int]:
+        """The name of an option, and how many tokens it keeps whatever their scores; must be below K."""
 
     def check(self, model: "Decoder") -> None:
         """See `Method.check`."""
         super().check(model)
-        name, count = self.always
+        name, count = self.reserved
         if count >= self.keep:
             raise UserError(f"{name} is {count} and keep {self.keep}, which leaves no room for other tokens")
 

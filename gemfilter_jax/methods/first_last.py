@@ -59,6 +59,6 @@ class FirstLast(Method):
         return kept
 
     def work(self, config: "ModelConfig") -> str:
-        """None."""
+        """No layer."""
         del config
         return "no layer picked"

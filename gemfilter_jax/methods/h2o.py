@@ -30,7 +30,7 @@ class H2O(EvictingMethod):
     recent: int | None = option(None, "Last tokens that are kept; half of all unless given.", at_least=1)
 
     @property
-    def always(self) -> tuple[str, int]:
+    def reserved(self) -> tuple[str, int]:
         """See `EvictingMethod`."""
         return "recent", self.keep // 2 if self.recent is None else self.recent
 
@@ -48,4 +48,4 @@ class H2O(EvictingMethod):
             positions=visit.positions,
         )
         scores = score_by_key_head(score, visit)
-        return best_keys(scores, lengths, keep=self.keep, slots=self.slots(visit.k.shape[1]), last=self.always[1])
+        return best_keys(scores, lengths, keep=self.keep, slots=self.slots(visit.k.shape[1]), last=self.reserved[1])

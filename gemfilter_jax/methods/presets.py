@@ -9,10 +9,7 @@ from typing import Any, Literal
 
 from gemfilter_jax.config import ModelConfig, refuse_unknown, take
 from gemfilter_jax.errors import UserError
-from gemfilter_jax.methods.gemfilter.method import GemFilter
-
-AUTO = "auto"
-"""The budget that keeps enough tokens to hold a share of the score, up to the preset's `keep`."""
+from gemfilter_jax.methods.gemfilter.method import AUTO, GemFilter
 
 AUTO_SHARE = 0.3  # the default model answers 14 of 15 questions with it; 12 with 1,024 tokens, 13 with 512
 

@@ -36,7 +36,7 @@ class SnapKV(EvictingMethod):
     pool_size: int = option(5, "Neighbours that are pooled.", at_least=1)
 
     @property
-    def always(self) -> tuple[str, int]:
+    def reserved(self) -> tuple[str, int]:
         """See `EvictingMethod`."""
         return "observation_window", self.observation_window
 

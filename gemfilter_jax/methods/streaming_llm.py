@@ -26,7 +26,7 @@ class StreamingLLM(EvictingMethod):
     sinks: int = option(4, "First tokens that are kept, the attention sinks.", at_least=0)
 
     @property
-    def always(self) -> tuple[str, int]:
+    def reserved(self) -> tuple[str, int]:
         """See `EvictingMethod`."""
         return "sinks", self.sinks
 

@@ -87,6 +87,6 @@ class TextPassages(Method):
         return passages.kept([scores], [prompt], [rows], rule)[0]
 
     def work(self, config: "ModelConfig") -> str:
-        """None."""
+        """No layer."""
         del config
         return "no layer picked"

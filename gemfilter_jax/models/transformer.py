@@ -469,12 +469,16 @@ class Decoder(nnx.Module):
         """The residual stream [B, S or T, D] after the last layer, its lengths [B], and the filled cache."""
         last_whole = eviction.last_whole_layer
 
-        def keep_some(visit: Visit, cache: KVCache) -> KVCache:
-            return cache.write_some(visit.layer, visit.k, visit.v, eviction.kept(visit, lengths), positions)
+        def keep_some(lengths: jax.Array, positions: jax.Array) -> Hook:
+            def hook(visit: Visit, cache: KVCache) -> KVCache:
+                return cache.write_some(visit.layer, visit.k, visit.v, eviction.kept(visit, lengths), positions)
+
+            return hook
 
         run = functools.partial(self._prefill_layers, extents=extents)
+        keep_of_whole = keep_some(lengths, positions)
         if last_whole is None:
-            x, cache = run(x, positions, lengths=lengths, hook=keep_some, state=cache, gaps=gaps)
+            x, cache = run(x, positions, lengths=lengths, hook=keep_of_whole, state=cache, gaps=gaps)
             return x, lengths, cache
 
         def keep_some_and_choose(visit: Visit, state: Any) -> Any:
@@ -482,7 +486,7 @@ class Decoder(nnx.Module):
             chosen = jax.lax.cond(
                 visit.layer == last_whole, lambda: eviction.propagated(visit, lengths), lambda: chosen
             )
-            return keep_some(visit, cache), chosen
+            return keep_of_whole(visit, cache), chosen
 
         slots = eviction.propagated_slots(x.shape[1])
         nothing = jnp.zeros((len(x), slots), jnp.int32), jnp.zeros_like(lengths)
@@ -497,9 +501,9 @@ class Decoder(nnx.Module):
         )
         x = jnp.take_along_axis(x, chosen[..., None], axis=1, mode="fill", fill_value=0)
         positions = jnp.take_along_axis(positions, chosen, axis=1, mode="fill", fill_value=0)
-        lengths = counts
-        x, cache = run(x, positions, lengths=lengths, hook=keep_some, state=cache, gaps=True, start=last_whole + 1)
-        return x, lengths, cache
+        keep_of_chosen = keep_some(counts, positions)
+        x, cache = run(x, positions, lengths=counts, hook=keep_of_chosen, state=cache, gaps=True, start=last_whole + 1)
+        return x, counts, cache
 
     def decode_step(self, ids: jax.Array, positions: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """One decode step: ids [B] at positions [B] -> float32 logits [B, V] and the cache with the new tokens."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from gemfilter_jax import files
 from gemfilter_jax.errors import UserError
-from gemfilter_jax.evals import summary
+from gemfilter_jax.evals import result_file, summary
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -77,7 +77,7 @@ def heat_maps(results: "ResultFile", score: str, path: str) -> None:
         axes.set_facecolor("0.85")
         axes.imshow(grid, vmin=0, vmax=1, cmap="cividis", aspect="auto")
         average = f"{sum(line.scores[score] for line in own) / len(own):.3f}" if own else "none"
-        axes.set_title(f"{_label(contestant)}: {average}", fontsize=10)
+        axes.set_title(f"{result_file.label(*contestant)}: {average}", fontsize=10)
         axes.set_xticks(range(len(lengths)), ["own" if one is None else f"{one:,}" for one in lengths], rotation=45)
         axes.set_yticks(range(len(parts)), [part or "all" for part in parts])
     for index, axes in enumerate(panels.flat[len(contestants) :], len(contestants)):
@@ -122,19 +122,14 @@ def by_budget(results: "ResultFile", score: str, path: str) -> None:
         axes.set(xlabel="tokens kept", ylim=(-0.03, 1.03))
         axes.grid(alpha=0.3)
     panels[0].set_ylabel(score.replace("_", " "))
-    handles = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=9)
+    shown = {name: handle for axes in panels for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(shown.values(), shown.keys(), loc="outside right center", fontsize=9)
     figure.suptitle(f"{_title(results)}\n(95 % intervals)", fontsize=11)
     _write(figure, path)
 
 
 def _title(results: "ResultFile") -> str:
     return f"{results.heading['title']}\n{results.heading['model']}"
-
-
-def _label(contestant: tuple[str, int | str]) -> str:
-    name, keep = contestant
-    return name if keep == "all" else f"{name}, {keep:,}" if isinstance(keep, int) else f"{name}, {keep}"
 
 
 def _write(figure: "Figure", path: str) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gemfilter_jax.errors import UserError
-from gemfilter_jax.evals import summary
+from gemfilter_jax.evals import result_file, summary
 from gemfilter_jax.reporting import terminal
 
 if TYPE_CHECKING:
@@ -32,46 +32,47 @@ def _columns(results: "ResultFile", *, by_group: bool) -> tuple[list[str], list[
     if by_group:
         made.sort(key=lambda one: order.index((one.method, one.keep, one.length)))
     scores = list(dict.fromkeys(name for line in results.lines for name in line.scores))
-    errors = any(one.errors for one in made)
+    errors, reading = any(one.errors for one in made), any(one.reading is not None for one in made)
     headings = ["method", "keep", "text tokens"]
     headings += ["part"] * by_group + ["examples"] + ["unanswered"] * errors
-    headings += [f"{_words(name)} (95 %)" for name in scores] + ["seconds"]
+    headings += [f"{_spelled(name)} (95 %)" for name in scores] + ["seconds"] + ["reading"] * reading
     rows = []
     for _, same in itertools.groupby(made, key=lambda one: (one.method, one.keep, one.length)):
         parts = list(same)
-        rows += [_cells(one, scores, by_group=by_group, errors=errors) for one in parts]
+        rows += [_cells(one, scores, by_group=by_group, errors=errors, reading=reading) for one in parts]
         if len(parts) > 1:
-            rows.append(_average(parts, scores, errors=errors))
+            rows.append(_average(parts, scores, errors=errors, reading=reading))
     return headings, rows
 
 
-def _average(parts: "list[Summary]", scores: Sequence[str], *, errors: bool) -> list[str]:
-    """Cells for the average of the parts of a task, each of which counts alike."""
-    cells = [*_cells(parts[0], [], by_group=False, errors=False)[:3], _AVERAGE]
+def _average(parts: "list[Summary]", scores: Sequence[str], *, errors: bool, reading: bool) -> list[str]:
+    """Cells for the average of the parts of a task, each of which counts alike; "-" if a part has no answer."""
+    cells = [*_cells(parts[0], [], by_group=False, errors=False, reading=False)[:3], _AVERAGE]
     cells += [str(sum(one.examples for one in parts))] + [str(sum(one.errors for one in parts))] * errors
     for name in scores:
         values = [one.scores[name].value for one in parts if name in one.scores]
-        cells.append(f"{sum(values) / len(values):.2f}" if values else "-")
-    return [*cells, "-"]
+        cells.append(f"{sum(values) / len(values):.2f}" if len(values) == len(parts) else "-")
+    return [*cells, *("-",) * (1 + reading)]
 
 
-def _cells(one: "Summary", scores: Sequence[str], *, by_group: bool, errors: bool) -> list[str]:
+def _cells(one: "Summary", scores: Sequence[str], *, by_group: bool, errors: bool, reading: bool) -> list[str]:
     keep = f"{one.keep:,}" if isinstance(one.keep, int) else one.keep
     tokens = f"{one.length:,}" if one.length is not None else f"about {round(one.tokens):,}"
     cells = [one.method, keep, tokens]
     cells += [one.group or "-"] * by_group + [str(one.examples)] + [str(one.errors)] * errors
     for name in scores:
         value = one.scores.get(name)
-        cells.append("-" if value is None else _told(value, one))
-    return [*cells, "-" if one.seconds is None else f"{one.seconds:.1f}"]
+        cells.append("-" if value is None else _mean(value, one))
+    timed = [one.seconds, one.reading] if reading else [one.seconds]
+    return [*cells, *("-" if seconds is None else f"{seconds:.1f}" for seconds in timed)]
 
 
-def _told(value: summary.Mean, one: "Summary") -> str:
+def _mean(value: summary.Mean, one: "Summary") -> str:
     """A mean, with its count if not all answered examples have the score."""
     return f"{value}" if value.count == one.examples - one.errors else f"{value} of {value.count}"
 
 
-def _words(score: str) -> str:
+def _spelled(score: str) -> str:
     return score.replace("_", " ")
 
 
@@ -95,8 +96,8 @@ def comparisons(results: "ResultFile", baseline: str, score: str) -> Compared:
     contestants = list(dict.fromkeys(line.contestant for line in results.lines))
     name, at, keep = baseline.partition("@")
     if not any(one[0] == name and (not at or str(one[1]) == keep) for one in contestants):
-        labels = sorted({one[0] for one in contestants})
-        raise UserError(f"--baseline={baseline}: the results are of {', '.join(labels)}")
+        labels = ", ".join(result_file.label(*one) for one in contestants)
+        raise UserError(f"--baseline={baseline}: the results are of {labels}")
     found: Compared = {}
     for contestant in contestants:
         against = [
@@ -111,6 +112,9 @@ def comparisons(results: "ResultFile", baseline: str, score: str) -> Compared:
             own, other = (summary.scores_by_example(lines, one, score) for one in (contestant, against[0]))
             if (made := summary.compare(own, other)) is not None:
                 found[(*contestant, length)] = made
+    if not found:
+        labels = ", ".join(result_file.label(*one) for one in contestants)
+        raise UserError(f"--baseline={baseline}: no other method has scores at its budget; the results are of {labels}")
     return found
 
 
@@ -126,7 +130,7 @@ def _compared_columns(compared: Compared) -> tuple[list[str], list[list[str]]]:
 
 def rich_comparison(compared: Compared, baseline: str, score: str) -> "Table":
     """The comparisons for a terminal."""
-    return terminal.table(f"{_words(score)}, compared with {baseline}", *_compared_columns(compared))
+    return terminal.table(f"{_spelled(score)}, compared with {baseline}", *_compared_columns(compared))
 
 
 def markdown(results: "ResultFile", compared: Compared | None = None, *, by_group: bool = False) -> str:
@@ -167,11 +171,11 @@ def running(console: "Console", lines: Sequence["Line"], total: int, score: str)
       A function to call with each new line.
     """
     values: dict[str, list[float]] = {}
-    start, told, done = time.monotonic(), time.monotonic(), 0
+    start, told, left, done = time.monotonic(), time.monotonic(), len(lines), 0
 
     def count(line: "Line") -> None:
         if score in line.scores:
-            values.setdefault(f"{line.method}@{line.keep}".removesuffix("@all"), []).append(line.scores[score])
+            values.setdefault(line.label, []).append(line.scores[score])
 
     def scores() -> str:
         return ", ".join(f"{name} {sum(own) / len(own):.2f}" for name, own in values.items())
@@ -184,11 +188,12 @@ def running(console: "Console", lines: Sequence["Line"], total: int, score: str)
             nonlocal done, told
             done += 1
             count(line)
-            advance(f"{_words(score)}: {scores()}")
-            now, finished = time.monotonic(), len(lines)
+            advance(f"{_spelled(score)}: {scores()}")
+            now, finished = time.monotonic(), left + done
             if not console.is_terminal and now - told >= _SECONDS_BETWEEN:
                 told = now
-                left = (now - start) / done * (total - finished) / 60
-                console.print(f"{finished} of {total}, {left:.0f} minutes left; {_words(score)}: {scores()}")
+                minutes = (now - start) / done * (total - finished) / 60
+                remark = f"{finished} of {total}, {minutes:.0f} minutes left; {_spelled(score)}: {scores()}"
+                console.print(remark, markup=False, highlight=False, soft_wrap=True)
 
         yield report

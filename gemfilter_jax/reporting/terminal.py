@@ -58,11 +58,11 @@ def closing_lines(kept: "KeptText", layers: str, timings: Mapping[str, float]) -
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """A table whose first column is text and whose others are numbers."""
-    made = Table(title=title, title_justify="left")
+    made = Table(title=Text(title), title_justify="left")
     for index, column in enumerate(columns):
-        made.add_column(column, justify="left" if index == 0 else "right")
+        made.add_column(Text(column), justify="left" if index == 0 else "right")
     for row in rows:
-        made.add_row(*row)
+        made.add_row(*map(Text, row))
     return made
 
 
@@ -119,7 +119,7 @@ def counted(console: Console, doing: str, done: int, total: int) -> Iterator[Cal
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
     )
     with _bar(console, *columns) as bar:
         task = bar.add_task("", total=total, completed=done)

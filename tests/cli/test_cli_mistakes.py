@@ -193,6 +193,8 @@ def test_calibrate(flags, said):
         (("--method=full,bm26",), ("--method", "expected names among full, default, paper")),
         (("--shard=3/2",), ("--shard=3/2", "I from 1 to N")),
         (("--shard=2",), ("--shard=2", "expected I/N")),
+        (("--lengths=",), ("--lengths is empty",)),
+        (("--output=/no/such/folder/a.jsonl",), ("--output=/no/such/folder/a.jsonl",)),
         (("--task=real_questions",), ("questions_file is missing; give a JSONL file",)),
         (("--task=longbench", "--data=."), ("hotpotqa.jsonl",)),
         (("--texts=/no/such/folder", "--task=hidden_facts"), ("/no/such/folder", "not a folder")),
@@ -209,6 +211,7 @@ def test_evaluate(flags, said):
         ((), ("no result file",)),
         (("missing.jsonl",), ("missing.jsonl", "cannot be read")),
         (("--plot=/no/such/folder/plot.png", "missing.jsonl"), ("/no/such/folder",)),
+        (("--plot=plot.foo", "missing.jsonl"), ("--plot=plot.foo", ".png, .svg, .pdf")),
         ((__file__,), ("line 1 is not JSON", "gemfilter evaluate")),
     ],
 )

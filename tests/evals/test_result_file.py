@@ -21,10 +21,16 @@ from gemfilter_jax.evals.runner import Contestant, Trial
 from gemfilter_jax.methods.full import Full
 
 HEADING = {
+    "command": "evaluate",
     "task": "needles",
+    "title": "Needles",
+    "main_score": "right",
     "options": {"seed": 0},
     "answer": True,
+    "methods": [{"method": "full", "keep": "all", "options": {}}],
     "model": "m",
+    "dtype": "float32",
+    "weights": "float",
     "chat_template": True,
     "message_format": "{text}{question}",
     "shard": None,
@@ -71,7 +77,7 @@ def test_a_run_goes_on_and_a_torn_line_is_cut_off(path):
     assert path.read_bytes() == whole
 
 
-@pytest.mark.parametrize("left", [b"", b'{"task": "nee'])
+@pytest.mark.parametrize("left", [b"", b'{"com', b'{"command": "evaluate", "task": "nee'])
 def test_a_torn_heading_is_written_anew(path, left):
     path.write_bytes(left)
     assert result_file.resume(path, HEADING, TRIALS).lines == ()
@@ -97,7 +103,27 @@ def test_another_run_is_left_alone(path, heading, lines, words):
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("damaged", [b"no JSON\n", b"[1]\n", b'{"length": 3}\n', b"\xff\n"])
+@pytest.mark.parametrize("held", [b"my notes", b'{"mine": 1}'])
+def test_a_file_of_somebody_else_is_left_alone(path, held):
+    path.write_bytes(held)
+    with pytest.raises(UserError, match="is no file that gemfilter evaluate has written"):
+        result_file.resume(path, HEADING, TRIALS)
+    assert path.read_bytes() == held
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        b"no JSON\n",
+        b"[1]\n",
+        b'{"length": 3}\n',
+        b"\xff\n",
+        *(
+            json.dumps(dataclasses.asdict(LINES[0]) | changes).encode() + b"\n"
+            for changes in ({"length": [1]}, {"expected": None}, {"scores": {"right": "x"}}, {"more": 1})
+        ),
+    ],
+)
 def test_a_damaged_line_is_told_with_its_number(path, damaged):
     before = write(path).read_bytes() + damaged
     path.write_bytes(before)
@@ -124,6 +150,22 @@ def test_files_of_one_task_are_taken_together(tmp_path):
     other = write(tmp_path / "3.jsonl", HEADING | {"options": {"seed": 1}}, LINES[1:])
     with pytest.raises(UserError, match=r"3\.jsonl: its options is \{'seed': 1\}, that of the first file"):
         result_file.read([first, other])
+    methods = [{"method": "full", "keep": "all", "options": {"filter_layer": 7}}]
+    other = write(tmp_path / "4.jsonl", HEADING | {"methods": methods}, LINES[1:])
+    with pytest.raises(UserError, match=r"4\.jsonl: its options of full are \{'filter_layer': 7\}, those of the files"):
+        result_file.read([first, other])
+    asked_otherwise = [dataclasses.replace(LINES[0], question="Who?", method="bm25")]
+    other = write(tmp_path / "5.jsonl", HEADING, asked_otherwise)
+    with pytest.raises(UserError, match=r"5\.jsonl: line 2 asks something else"):
+        result_file.read([first, other])
+
+
+def test_lines_are_sorted_by_length_method_and_number(tmp_path):
+    bm25 = [dataclasses.replace(one, method="bm25") for one in LINES]
+    longer = [dataclasses.replace(one, length=200) for one in LINES]
+    first = write(tmp_path / "1.jsonl", lines=[longer[0], LINES[2], bm25[0]])
+    second = write(tmp_path / "2.jsonl", lines=[LINES[0], bm25[1], longer[2]])
+    assert result_file.read([first, second]).lines == (LINES[0], LINES[2], bm25[0], bm25[1], longer[0], longer[2])
 
 
 @pytest.mark.parametrize(("held", "words"), [(b"{}\n", "line 1 has no 'task'"), (b"", "line 1 is not JSON")])

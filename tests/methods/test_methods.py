@@ -218,7 +218,7 @@ class TestFlags:
         model = types.SimpleNamespace(
             preset=preset_for(tiny.CONFIG), checkpoint=types.SimpleNamespace(model=tiny.decoder())
         )
-        return options.compared_methods(values, model)
+        return {one.name: one.method for one in options.contestants(values, model)}
 
     def test_each_method_takes_the_flags_that_it_has(self):
         made = self.given("--method=full", "--method=default", "--method=streaming_llm", "--keep=70", "--sinks=3")

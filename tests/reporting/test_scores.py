@@ -1,5 +1,6 @@
 """Tables and plots of scores: the numbers in their cells."""
 
+import io
 import json
 
 import numpy as np
@@ -99,8 +100,21 @@ def test_comparisons_with_a_baseline(baseline, pairs):
 
 def test_a_baseline_without_results_is_refused():
     for baseline in ("snapkv", "bm25@256"):
-        with pytest.raises(UserError, match=f"--baseline={baseline}: the results are of bm25, default, full"):
+        with pytest.raises(
+            UserError, match=f"--baseline={baseline}: the results are of full, default@512, default@1024"
+        ):
             score_tables.comparisons(RESULTS, baseline, "right")
+    alone = ResultFile(HEADING, tuple(one for one in RESULTS.lines if one.contestant != ("default", 512)))
+    with pytest.raises(UserError, match="--baseline=bm25: no other method has scores at its budget"):
+        score_tables.comparisons(alone, "bm25", "right")
+
+
+def test_what_files_say_is_no_markup():
+    hostile = ResultFile(HEADING | {"title": "[/data] [v2]"}, (line("full", "all", 1_000, 0, 1.0, group="[red]x"),))
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(score_tables.rich_table(hostile, by_group=True))
+    assert "[/data] [v2]" in console.export_text(clear=False)
+    assert "[red]x" in console.export_text()
 
 
 def test_json_has_the_numbers():
@@ -138,7 +152,7 @@ def test_heat_maps(figure, tmp_path):
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
     panels = [axes for axes in figure[0].axes if axes.images]
     assert [axes.get_title() for axes in panels] == [
-        "full: 0.750", "default, 512: 0.750", "default, 1,024: 1.000", "bm25, 512: 0.250"
+        "full: 0.750", "default@512: 0.750", "default@1024: 1.000", "bm25@512: 0.250"
     ]  # fmt: skip
     grid = np.asarray(panels[0].images[0].get_array().filled(np.nan))
     np.testing.assert_array_equal(grid, [[1.0, np.nan], [0.5, np.nan]])

@@ -103,6 +103,7 @@ class LongBench(Task):
     title: ClassVar[str] = "LongBench"
     main_score: ClassVar[str] = "score"
     sized: ClassVar[bool] = False
+    scores_kept: ClassVar[bool] = False
     data: str | None = option(None, "Folder with LongBench's files, such as hotpotqa.jsonl, or one file.")
     datasets: str | None = option(
         None,

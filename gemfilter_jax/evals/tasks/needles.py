@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import pathlib
 import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar
@@ -88,7 +87,7 @@ class Needles(Task):
     """
 
     name: ClassVar[str] = "needles"
-    title: ClassVar[str] = "Hidden facts"
+    title: ClassVar[str] = "Needles in a haystack"
     needles: tuple[Needle, ...] | None = None
     depths: tuple[float, ...] | None = None
     depth_count: int = option(
@@ -123,9 +122,7 @@ class Needles(Task):
 
     @functools.cached_property
     def _paragraphs(self) -> tuple[str, ...]:
-        if self.texts is not None:
-            return haystack.read_folder(pathlib.Path(self.texts))
-        return haystack.built_in("essays")
+        return haystack.of_folder_or_essays(self.texts)
 
     @property
     def _depths(self) -> tuple[float, ...]:

@@ -8,7 +8,6 @@ import functools
 import importlib.resources
 import itertools
 import json
-import pathlib
 import random
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -101,7 +100,7 @@ class NoLiteralMatch(Task):
     @functools.cached_property
     def _paragraphs(self) -> tuple[str, ...]:
         """The paragraphs in which facts are hidden."""
-        return haystack.built_in("essays") if self.texts is None else haystack.read_folder(pathlib.Path(self.texts))
+        return haystack.of_folder_or_essays(self.texts)
 
     @functools.cached_property
     def _names(self) -> tuple[str, ...]:

@@ -144,6 +144,8 @@ class RealQuestions(Task):
                     return
                 yield example
                 asked += 1
+        if not asked:
+            raise UserError(f"only is {self.only!r}: no question of {self.questions_file} is of that group")
 
     def new_tokens(self, example: Example) -> int:
         """32 tokens for multiple choice, otherwise 64."""

@@ -125,7 +125,7 @@ class Ruler(Task):
     def _essays(self) -> Essays:
         if not any(one.hay == "essays" for one in self._needle_tasks):
             return Essays((), "")
-        given = haystack.built_in("essays") if self.texts is None else haystack.read_folder(pathlib.Path(self.texts))
+        given = haystack.of_folder_or_essays(self.texts)
         paragraphs = tuple(tuple(drafts.sentences(paragraph)) for paragraph in given)
         return Essays(paragraphs, "\n".join(itertools.chain.from_iterable(paragraphs)).lower())
 

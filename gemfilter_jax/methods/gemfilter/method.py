@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 FilterAttention = Literal["auto", "dense", "tri_shape"]
 FilterPrecision = Literal["float", "int8"]
 
+AUTO = "auto"
+"""The budget that keeps enough tokens to hold a share of the score, up to the preset's `keep`."""
+
 _FORMER_NAMES = {"window": "observation_window", "kernel": "pool_size"}
 
 _Class = TypeVar("_Class", bound=type)
@@ -221,6 +224,11 @@ class GemFilter(Method):
     def budget(self) -> int:
         """K."""
         return self.keep
+
+    @property
+    def keep_shown(self) -> int | str:
+        """K, or "auto" where a share decides."""
+        return self.keep if self.share is None else AUTO
 
     @property
     def observation_rows(self) -> int:
