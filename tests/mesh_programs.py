@@ -20,7 +20,6 @@ from gemfilter_jax.methods.fastkv import FastKV
 from gemfilter_jax.methods.gemfilter.method import GemFilter
 from gemfilter_jax.methods.h2o import H2O
 from gemfilter_jax.methods.snapkv import SnapKV
-from gemfilter_jax.methods.streaming_llm import StreamingLLM
 from gemfilter_jax.models.transformer import Decoder
 from gemfilter_jax.parallel import sharding
 from gemfilter_jax.parallel.sharding import MeshShape
@@ -36,7 +35,6 @@ _OTHERS = {
     "int8": dataclasses.replace(_DEFAULT, filter_precision="int8", head_weights=None),
 }
 EVICTING: dict[str, EvictingMethod] = {
-    "streaming_llm": StreamingLLM(keep=48),
     "snapkv": SnapKV(keep=48),
     "h2o": H2O(keep=48),
     "fastkv": FastKV(keep=48, filter_layer=1),
