@@ -133,6 +133,31 @@ def folder(tmp_path_factory):
     return folder
 
 
+def test_an_evaluation_that_stopped_goes_on_in_all_processes(folder, tmp_path):
+    """From the lines that the first process alone has; here those of a run of one process."""
+    output = tmp_path / "results.jsonl"
+    command = (
+        *(*GEMFILTER, "evaluate", f"--model={folder}", "--lengths=60", "--keep=32", "--filter_layer=1"),
+        *("--method=full,default", f"--output={output}"),
+    )
+
+    def without_seconds(lines: list[str]) -> list[dict]:
+        return [json.loads(line) | {"seconds": None} for line in lines]
+
+    assert Process([*command], devices=1).end(120)[0] == 0
+    whole = output.read_text().splitlines()
+    assert len(whole) == 1 + 12 * 2
+    assert not any(json.loads(line)["error"] for line in whole[1:])
+    output.write_text("\n".join(whole[:8]) + '\n{"length": 60, "num')
+    first, second = start(*command, "--mesh=seq:2,model:2")
+    status, shown = first.end(120)
+    assert (status, "Needles in a haystack" in shown) == (0, True), first.errors
+    assert second.end(120) == (0, ""), second.errors
+    again = output.read_text().splitlines()
+    assert again[:8] == whole[:8]
+    assert without_seconds(again) == without_seconds(whole)
+
+
 def test_generate_answers_once_on_a_mesh_of_all_devices(folder, tmp_path):
     book, text, question = tmp_path / "book.txt", "a b b " * 30, "b a ?"
     book.write_text(text)
