@@ -32,6 +32,7 @@ def main(_: list[str]) -> None:
     if FLAGS.output and processes.is_first():
         files.check_writable(FLAGS.output, "output")
     lengths = options.lengths(FLAGS)
+    options.check_methods(FLAGS)
 
     from gemfilter_jax.evals import bench
     from gemfilter_jax.reporting import terminal

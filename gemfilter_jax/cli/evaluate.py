@@ -76,6 +76,7 @@ def main(_: list[str]) -> None:
     if FLAGS.output and processes.is_first():
         files.check_writable(FLAGS.output, "output")
     lengths = options.lengths(FLAGS)
+    options.check_methods(FLAGS)
     task = _chosen_task()
     if not FLAGS.answer and not task.scores_kept:
         raise UserError(f"--noanswer scores what is kept, and --task={task.name} does not say what should be")

@@ -368,24 +368,28 @@ def lengths(values: flags.FlagValues) -> list[int]:
     return list(dict.fromkeys(map(int, values.lengths)))
 
 
+def check_methods(values: flags.FlagValues) -> None:
+    """Raise a `UserError` if a given flag is an option of none of the methods of --method."""
+    names = _separated(values.method)
+    known = set[str]().union(*(_names(methods.VARIANTS[name]) for name in names))
+    if strangers := sorted({*_given(values), *_budget(values.keep and "1")} - known):
+        others = [name for name in methods.VARIANTS if strangers[0] in _names(methods.VARIANTS[name])]
+        raise UserError(f"--{strangers[0]} means nothing to --method={','.join(names)}; it is for {others[0]}")
+
+
 def contestants(values: flags.FlagValues, model: "Pipeline") -> "list[Contestant]":
     """The methods of --method with the budgets of --keep, each with those of the given flags that are its options.
 
     Raises:
-      UserError: a flag is an option of none of them, or a method cannot serve the model.
+      UserError: a method cannot serve the model.
     """
     from gemfilter_jax.evals.runner import Contestant
 
-    given, names = _given(values), _separated(values.method)
-    known = set[str]().union(*(_names(methods.VARIANTS[name]) for name in names))
-    if strangers := sorted({*given, *_budget(values.keep and "1")} - known):
-        others = [name for name in methods.VARIANTS if strangers[0] in _names(methods.VARIANTS[name])]
-        raise UserError(f"--{strangers[0]} means nothing to --method={','.join(names)}; it is for {others[0]}")
     budgets = list(dict.fromkeys(values.keep.split(","))) if values.keep is not None else [None]
     made: dict[str, Contestant] = {}
-    for name in names:
+    for name in _separated(values.method):
         for keep in budgets:
-            method = methods.make(name, model.preset, **given | _budget(keep))
+            method = methods.make(name, model.preset, **_given(values) | _budget(keep))
             method.check(model.checkpoint.model)
             one = Contestant(name, method.keep_shown, method)
             made[one.label] = one

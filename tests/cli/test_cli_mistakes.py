@@ -194,6 +194,7 @@ def test_calibrate(flags, said):
         (("--shard=3/2",), ("--shard=3/2", "I from 1 to N")),
         (("--shard=2",), ("--shard=2", "expected I/N")),
         (("--lengths=",), ("--lengths is empty",)),
+        (("--method=full,bm25", "--filter_layer=1"), ("--filter_layer means nothing to --method=full,bm25",)),
         (("--output=/no/such/folder/a.jsonl",), ("--output=/no/such/folder/a.jsonl",)),
         (("--task=real_questions",), ("questions_file is missing; give a JSONL file",)),
         (("--task=longbench", "--data=."), ("hotpotqa.jsonl",)),

@@ -8,7 +8,9 @@ import subprocess
 import sys
 import time
 
+import gguf_files
 import pytest
+from model_files import GOLDEN, Folder
 
 _TEXT = "The harbour was quiet. The password of the old lighthouse is marigold. The boats slept. "
 _QUESTION = "What is the password of the old lighthouse?"
@@ -84,3 +86,18 @@ def test_no_blank_lines_open_standard_error(book):
     done = subprocess.run([*command, "--max_new_tokens=2"], capture_output=True, text=True, check=True, timeout=200)
     assert done.stderr.startswith("read ")
     assert "" not in done.stderr.rstrip("\n").split("\n")
+
+
+def test_an_evaluation_shows_its_running_scores_and_the_time_left(tmp_path):
+    model = gguf_files.write(tmp_path / "tiny.gguf", Folder.read(GOLDEN / "llama_gqa_tied"))
+    seen = _on_terminal(
+        *("evaluate", f"--model={model}", "--lengths=150", "--method=full,bm25", "--keep=64"),
+        *("--nochat_template", f"--output={tmp_path / 'results.jsonl'}"),
+    )
+    plain = _CONTROL.sub("", seen)
+    assert re.search(r"asking .*24/24.* right: full \d\.\d\d, bm25@64 \d\.\d\d", plain)
+    assert re.search(r"\d:\d\d:\d\d", plain)
+    table = plain[plain.rindex("Needles in a haystack, ") :]
+    for row in (r"│ full +│ +all │ +150 │ +12 │", r"│ bm25 +│ +64 │ +150 │ +12 │"):
+        assert re.search(row, table)
+    assert "asking" not in table

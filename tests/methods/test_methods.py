@@ -211,6 +211,7 @@ class TestFlags:
         options.define_filter(values)
         options.define_comparison(values, lengths=["9"])
         values(["evaluate", *arguments])
+        options.check_methods(values)
         model = types.SimpleNamespace(
             preset=preset_for(tiny.CONFIG), checkpoint=types.SimpleNamespace(model=tiny.decoder())
         )
