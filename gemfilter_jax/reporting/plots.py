@@ -1,5 +1,6 @@
 """Plots, drawn by matplotlib if it is installed."""
 
+import collections
 import importlib.util
 import io
 import pathlib
@@ -60,12 +61,14 @@ def heat_maps(results: "ResultFile", score: str, path: str) -> None:
     parts = list(dict.fromkeys(line.group for line in results.lines))
     lengths = list(dict.fromkeys(line.length for line in results.lines))
     contestants = list(dict.fromkeys(line.contestant for line in results.lines))
-    columns = min(len(contestants), _PANELS_A_ROW)
-    rows = -(-len(contestants) // columns)
+    budgets = max(collections.Counter(method for method, _ in contestants).values())
+    columns = budgets if budgets > 1 else min(len(contestants), _PANELS_A_ROW)
+    rows = len({method for method, _ in contestants}) if budgets > 1 else -(-len(contestants) // columns)
     size = (1.2 + columns * max(0.55 * len(lengths) + 0.9, 2.6), 0.9 + rows * (0.3 * len(parts) + 1.3))
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    for index, contestant in enumerate(contestants):
+    places = _places(contestants, columns) if budgets > 1 else range(len(contestants))
+    for index, contestant in zip(places, contestants, strict=True):
         own = [line for line in results.lines if line.contestant == contestant and score in line.scores]
         grid = np.full((len(parts), len(lengths)), np.nan)
         for row, part in enumerate(parts):
@@ -80,12 +83,14 @@ def heat_maps(results: "ResultFile", score: str, path: str) -> None:
         axes.set_title(f"{result_file.label(*contestant)}: {average}", fontsize=10)
         axes.set_xticks(range(len(lengths)), ["own" if one is None else f"{one:,}" for one in lengths], rotation=45)
         axes.set_yticks(range(len(parts)), [part or "all" for part in parts])
-    for index, axes in enumerate(panels.flat[len(contestants) :], len(contestants)):
-        axes.set_axis_off()
-        panels.flat[index - columns].tick_params(labelbottom=True)
+    for index, axes in enumerate(panels.flat):
+        if index not in places:
+            axes.set_axis_off()
+            panels.flat[index - columns].tick_params(labelbottom=True)
     figure.colorbar(panels[0][0].images[0], ax=panels, label=score.replace("_", " "), shrink=0.8)
     figure.suptitle(f"{_title(results)}\n(grey: no answer)", fontsize=11)
     figure.supxlabel("text tokens", fontsize=10)
+    figure.supylabel("depth, or part of the task", fontsize=10)
     _write(figure, path)
 
 
@@ -126,6 +131,18 @@ def by_budget(results: "ResultFile", score: str, path: str) -> None:
     figure.legend(shown.values(), shown.keys(), loc="outside right center", fontsize=9)
     figure.suptitle(f"{_title(results)}\n(95 % intervals)", fontsize=11)
     _write(figure, path)
+
+
+def _places(contestants: "Sequence[tuple[str, int | str]]", columns: int) -> list[int]:
+    """A panel for each contestant: a row for each method, its budgets side by side."""
+    rows: dict[str, int] = {}
+    used: collections.Counter[str] = collections.Counter()
+    places = []
+    for method, _ in contestants:
+        row = rows.setdefault(method, len(rows))
+        places.append(row * columns + used[method])
+        used[method] += 1
+    return places
 
 
 def _title(results: "ResultFile") -> str:
