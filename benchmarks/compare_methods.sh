@@ -4,7 +4,7 @@
 # usage: benchmarks/compare_methods.sh OUTPUT [QUESTIONS]
 #
 # OUTPUT gets a file of lines for each comparison. QUESTIONS is a folder with scientific_qa.jsonl and multidoc_qa.jsonl of
-# L-Eval (https://huggingface.co/datasets/L4NLP/LEval); their lines hold texts of others and are not kept here.
+# L-Eval (github.com/OpenLMLab/LEval, LEval-data); their lines hold texts of others and are not kept here.
 # GEMFILTER is the command (default: gemfilter).
 set -eu
 gemfilter=${GEMFILTER:-gemfilter}
@@ -24,13 +24,10 @@ run needles_4k --task=needles --lengths=4096 --keep=256,512,1024 --method=$picki
 run needles_4k_reading --task=needles --lengths=4096 --keep=512 --method=$reading
 run no_literal_match_4k_kept --task=no_literal_match --count=36 --lengths=4096 --keep=256,512,1024 --method=$picking \
     --noanswer
-run ruler_4k --task=ruler --count=3 --lengths=4096 --keep=512 --method=default,bm25,random
 if [ $# -gt 1 ]; then
     cd "$2"
     for questions in scientific_qa multidoc_qa; do
         run real_${questions}_kept --task=real_questions --questions_file=$questions.jsonl --only=verbatim \
             --keep=256,512,1024 --method=$picking --noanswer
     done
-    run real_scientific_qa_32k_kept --task=real_questions --questions_file=scientific_qa.jsonl --join=7 --only=verbatim \
-        --keep=256,512,1024 --method=default,uncalibrated,bm25,random --noanswer
 fi
