@@ -30,4 +30,6 @@ if [ $# -gt 1 ]; then
         run real_${questions}_kept --task=real_questions --questions_file=$questions.jsonl --only=verbatim \
             --keep=256,512,1024 --method=$picking --noanswer
     done
+    run real_scientific_qa_32k_kept --task=real_questions --questions_file=scientific_qa.jsonl --join=7 --only=verbatim \
+        --keep=1024 --method=default,bm25,random --noanswer
 fi
