@@ -11,8 +11,9 @@ def reference(
     normalisation: str,
     window: int | None = None,
     scale: float | None = None,
+    positions: np.ndarray | None = None,
 ) -> np.ndarray:
-    """One prompt: q [W, H, E], rows [W], k [S, G, E] -> [S], or [N, S] for weights [N, H]."""
+    """One prompt: q [W, H, E], rows [W], k [S, G, E], positions [S] -> [S], or [N, S] for weights [N, H]."""
     q, k = q.astype(np.float64)[rows >= 0], k.astype(np.float64)
     rows = rows[rows >= 0]
     products = np.einsum("whe,she->hws", q, np.repeat(k, q.shape[1] // k.shape[1], axis=1))
@@ -20,7 +21,8 @@ def reference(
         return np.einsum("hws,...h->...s", products, weights)
     products *= q.shape[-1] ** -0.5 if scale is None else scale
     distance = rows[:, None] - np.arange(len(k))
-    logits = np.where((distance >= 0) & (distance < (window or np.inf)), products, -np.inf)
+    counted = distance if positions is None else positions[rows][:, None] - positions
+    logits = np.where((distance >= 0) & (counted < (window or np.inf)), products, -np.inf)
     if normalisation == "softmax":
         masses = np.exp(logits - logits.max(axis=-1, keepdims=True))
         masses /= masses.sum(axis=-1, keepdims=True)
@@ -37,6 +39,7 @@ def largest_error(
     normalisation: str,
     window: int | None = None,
     scale: float | None = None,
+    positions: np.ndarray | None = None,
 ) -> np.ndarray:
     """How far float32 arithmetic may be from `reference` at each key, for weights that are not negative.
 
@@ -51,7 +54,10 @@ def largest_error(
     largest = np.einsum("whe,she->hws", sizes[0], np.repeat(sizes[1], heads // k.shape[1], axis=1)).max()
     largest *= width**-0.5 if scale is None else scale
     roundings = 2 * (width + 8) * largest + keys + observed * heads + 32
-    return roundings * unit * reference(q, rows, k, weights, normalisation, window, scale) + np.finfo(np.float32).tiny
+    return (
+        roundings * unit * reference(q, rows, k, weights, normalisation, window, scale, positions)
+        + np.finfo(np.float32).tiny
+    )
 
 
 def inputs(lengths: tuple[int, ...], window: int, heads: int, groups: int, width: int = 16, dtype=np.float32):

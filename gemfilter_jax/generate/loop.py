@@ -20,7 +20,8 @@ from gemfilter_jax.errors import UserError
 from gemfilter_jax.generate import sampling as sampling_lib
 from gemfilter_jax.generate.sampling import Sampling
 from gemfilter_jax.models.cache import KVCache, cache_specs
-from gemfilter_jax.models.transformer import Decoder, Eviction
+from gemfilter_jax.models.hooks import Eviction
+from gemfilter_jax.models.transformer import Decoder
 from gemfilter_jax.parallel import collectives, sharding
 
 

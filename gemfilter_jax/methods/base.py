@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
     from gemfilter_jax.config import ModelConfig
     from gemfilter_jax.methods.presets import Preset
-    from gemfilter_jax.models.transformer import Decoder, Eviction
+    from gemfilter_jax.models.hooks import Eviction
+    from gemfilter_jax.models.transformer import Decoder
     from gemfilter_jax.text.prompt import Prompt
     from gemfilter_jax.timing import Stopwatch
 

@@ -11,7 +11,8 @@ from gemfilter_jax.settings import option
 if TYPE_CHECKING:
     import jax
 
-    from gemfilter_jax.models.transformer import Decoder, Visit
+    from gemfilter_jax.models.hooks import Propagation, Visit
+    from gemfilter_jax.models.transformer import Decoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,17 +59,9 @@ class EvictingMethod(Method):
         """See `Eviction`."""
 
     @property
-    def last_whole_layer(self) -> int | None:
+    def propagation(self) -> "Propagation | None":
         """See `Eviction`; None unless overridden."""
         return None
-
-    def propagated_slots(self, prompt: int) -> int:
-        """See `Eviction`."""
-        return prompt
-
-    def propagated(self, visit: "Visit", lengths: "jax.Array") -> "tuple[jax.Array, jax.Array]":
-        """See `Eviction`."""
-        raise NotImplementedError
 
 
 class Score(Protocol):

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     import jax
 
     from gemfilter_jax.methods.presets import Preset
-    from gemfilter_jax.models.transformer import Decoder, Visit
+    from gemfilter_jax.models.hooks import Visit
+    from gemfilter_jax.models.transformer import Decoder
 
 _STEPS = 1000  # the share counts in thousandths, so that programs compute it in int32
 
@@ -52,16 +53,21 @@ class FastKV(SnapKV):
             )
 
     @property
+    def propagation(self) -> "FastKV":
+        """Itself."""
+        return self
+
+    @property
     def last_whole_layer(self) -> int:
         """r."""
         return self.filter_layer
 
     def propagated_slots(self, prompt: int) -> int:
-        """See `Eviction`."""
+        """See `Propagation`."""
         return max(self._share_of(prompt), self.slots(prompt))
 
     def propagated(self, visit: "Visit", lengths: "jax.Array") -> "tuple[jax.Array, jax.Array]":
-        """See `Eviction`."""
+        """See `Propagation`."""
         import jax.numpy as jnp
 
         from gemfilter_jax.parallel import collectives

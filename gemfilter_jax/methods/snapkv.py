@@ -12,7 +12,7 @@ from gemfilter_jax.settings import option
 if TYPE_CHECKING:
     import jax
 
-    from gemfilter_jax.models.transformer import Visit
+    from gemfilter_jax.models.hooks import Visit
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ Callers pass it a hook that keeps, scores or records data at each layer.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from flax import nnx
 from gemfilter_jax.config import ModelConfig
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.models.cache import KVCache
+from gemfilter_jax.models.hooks import Attend, Eviction, Hook, Visit
 from gemfilter_jax.models.layer import ACTIVATIONS, DecoderLayer, Linear, RMSNorm, Table, Weights, replaced
 from gemfilter_jax.models.rope import rotary_table
 from gemfilter_jax.ops import attention
@@ -28,74 +29,6 @@ from gemfilter_jax.parallel import collectives, shards
 from gemfilter_jax.precision import precision_of
 
 _ALL = 2**30  # the window of a layer without a sliding window: wider than any prompt
-
-
-@dataclasses.dataclass(frozen=True)
-class Visit:
-    """The inputs of the hook and of attention at a layer.
-
-    Attributes:
-      layer: its index, may be traced.
-      x: [B, S, D], the layer's input.
-      q: [B, S, H, E]. k, v: [B, S, G, E]. Queries and keys are rotated.
-      sliding_window: how many keys a query sees, its own included; None for all before it. May be traced.
-      key_heads: G of the whole model; on a mesh, q, k and v hold this device's heads.
-      positions: int [B, S], the positions that a sliding window counts; None for 0 to S - 1.
-    """
-
-    layer: jax.typing.ArrayLike
-    x: jax.Array
-    q: jax.Array
-    k: jax.Array
-    v: jax.Array
-    sliding_window: jax.typing.ArrayLike | None
-    key_heads: int
-    positions: jax.Array | None = None
-
-
-Hook = Callable[[Visit, Any], Any]
-"""Called at a layer before attention, with the state; returns the new state."""
-
-Attend = Callable[[Visit, Any], jax.Array]
-"""Called after the hook, with the new state; returns attention's result [B, S, H, E]."""
-
-
-class Eviction(Protocol):
-    """Which keys and values of a prompt a layer keeps. Hashable, to be a static argument of compiled programs."""
-
-    @property
-    def last_whole_layer(self) -> int | None:
-        """The last layer that reads the whole prompt; later ones read `propagated` tokens. None if all layers do."""
-        ...
-
-    def slots(self, prompt: int) -> int:
-        """How many cache slots a prompt of at most `prompt` tokens takes."""
-        ...
-
-    def kept(self, visit: Visit, lengths: jax.Array) -> jax.Array:
-        """The kept tokens at a layer.
-
-        Args:
-          lengths: [B], number of real tokens in each row.
-
-        Returns:
-          int [B, K], or [B, G, K] if key heads keep different tokens, with K = `slots` of the prompt: in each row
-          min(K, length) increasing indices into S, then the value S. On a mesh, G counts this device's key heads.
-        """
-        ...
-
-    def propagated_slots(self, prompt: int) -> int:
-        """How many tokens of a prompt of at most `prompt` tokens go on after `last_whole_layer`, at most."""
-        ...
-
-    def propagated(self, visit: Visit, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The tokens whose hidden states go on after `last_whole_layer`, by the data of that layer.
-
-        Returns:
-          int32 [B, T], T = `propagated_slots(S)`: increasing indices into S, the last real token's among them, then the
-          value S; and int32 [B], the number of indices below S, at least min(`slots(S)`, length).
-        """
-        ...
 
 
 def _keep(visit: Visit, cache: KVCache) -> KVCache:
@@ -467,7 +400,6 @@ class Decoder(nnx.Module):
         gaps: bool,
     ) -> tuple[jax.Array, jax.Array, KVCache]:
         """The residual stream [B, S or T, D] after the last layer, its lengths [B], and the filled cache."""
-        last_whole = eviction.last_whole_layer
 
         def keep_some(lengths: jax.Array, positions: jax.Array) -> Hook:
             def hook(visit: Visit, cache: KVCache) -> KVCache:
@@ -477,18 +409,19 @@ class Decoder(nnx.Module):
 
         run = functools.partial(self._prefill_layers, extents=extents)
         keep_of_whole = keep_some(lengths, positions)
-        if last_whole is None:
+        propagation = eviction.propagation
+        if propagation is None:
             x, cache = run(x, positions, lengths=lengths, hook=keep_of_whole, state=cache, gaps=gaps)
             return x, lengths, cache
 
         def keep_some_and_choose(visit: Visit, state: Any) -> Any:
             cache, chosen = state
-            chosen = jax.lax.cond(
-                visit.layer == last_whole, lambda: eviction.propagated(visit, lengths), lambda: chosen
-            )
+            here = visit.layer == propagation.last_whole_layer
+            chosen = jax.lax.cond(here, lambda: propagation.propagated(visit, lengths), lambda: chosen)
             return keep_of_whole(visit, cache), chosen
 
-        slots = eviction.propagated_slots(x.shape[1])
+        after = propagation.last_whole_layer + 1
+        slots = propagation.propagated_slots(x.shape[1])
         nothing = jnp.zeros((len(x), slots), jnp.int32), jnp.zeros_like(lengths)
         x, (cache, (chosen, counts)) = run(
             x,
@@ -497,12 +430,12 @@ class Decoder(nnx.Module):
             hook=keep_some_and_choose,
             state=(cache, nothing),
             gaps=gaps,
-            stop=last_whole + 1,
+            stop=after,
         )
         x = jnp.take_along_axis(x, chosen[..., None], axis=1, mode="fill", fill_value=0)
         positions = jnp.take_along_axis(positions, chosen, axis=1, mode="fill", fill_value=0)
         keep_of_chosen = keep_some(counts, positions)
-        x, cache = run(x, positions, lengths=counts, hook=keep_of_chosen, state=cache, gaps=True, start=last_whole + 1)
+        x, cache = run(x, positions, lengths=counts, hook=keep_of_chosen, state=cache, gaps=True, start=after)
         return x, counts, cache
 
     def decode_step(self, ids: jax.Array, positions: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:

@@ -245,22 +245,16 @@ def _masses(
     key_blocks = rearrange(key_blocks, "b (n s) g e -> n b g s e", s=block)
     queries = rearrange(q.astype(jnp.float32) * scale, "b w (g r) e -> b g r w e", g=groups)
 
-    of_slots = None if positions is None else jnp.pad(positions, ((0, 0), (0, -length % block)))
-
-    def between(index):
-        """Distances [B, W, block] of the rows' positions from those of a block of keys."""
-        assert positions is not None
-        assert of_slots is not None
-        own = jnp.take_along_axis(positions, jnp.maximum(rows, 0), axis=1)
-        of_keys = jax.lax.dynamic_slice_in_dim(of_slots, index * block, block, axis=1)
-        return own[..., None] - of_keys[:, None]
+    own = rows if positions is None else jnp.take_along_axis(positions, jnp.maximum(rows, 0), axis=1)
+    places = jnp.arange(length)[None] if positions is None else positions
+    places = jnp.pad(places, ((0, 0), (0, -length % block)))
 
     def logits(index, keys):
         products = jnp.einsum("bgrwe,bgse->bgrws", queries, keys.astype(jnp.float32), precision="highest")
-        distance = rows[..., None] - (index * block + jnp.arange(block))
-        seen = distance >= 0
+        seen = rows[..., None] >= index * block + jnp.arange(block)
         if window is not None:
-            seen &= (distance if positions is None else between(index)) < window
+            of_keys = jax.lax.dynamic_slice_in_dim(places, index * block, block, axis=1)
+            seen &= own[..., None] - of_keys[:, None] < window
         return jnp.where(seen[:, None, None], products, -jnp.inf)
 
     numbered = (jnp.arange(len(key_blocks)), key_blocks)

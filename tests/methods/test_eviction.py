@@ -20,7 +20,7 @@ from gemfilter_jax.methods.fastkv import FastKV
 from gemfilter_jax.methods.h2o import H2O
 from gemfilter_jax.methods.snapkv import SnapKV
 from gemfilter_jax.methods.streaming_llm import StreamingLLM
-from gemfilter_jax.models.transformer import Visit
+from gemfilter_jax.models.hooks import Visit
 
 _OFFICIAL = np.load(GOLDEN / "official_selection.npz")
 _PYTORCH = np.load(GOLDEN / "compressed.npz")

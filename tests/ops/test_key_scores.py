@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from float64_scores import inputs, reference
+from float64_scores import inputs, largest_error, reference
 from jax.experimental.pallas import tpu as pltpu
 
 from gemfilter_jax.errors import UserError
@@ -52,6 +52,22 @@ def test_large_logits_stay_finite(normalisation, implementation):
         # Whatever the products, the probabilities of a row add up to one; they are rounded in every block of keys.
         rounded = bounds.of_scores(scores.shape[1], 0, q.shape[-1], rows.shape[1], q.shape[2])
         np.testing.assert_allclose(scores.sum(axis=1, dtype=np.float64), mass, rtol=rounded)
+
+
+@pytest.mark.parametrize("normalisation", ["softmax", "sink"])
+def test_a_window_counts_positions_where_they_have_gaps(normalisation):
+    lengths, window = (1100, 70), 100  # more keys than a block, gaps of 0 to 4
+    q, rows, k, weights = inputs(lengths, 16, 4, 2)
+    positions = np.cumsum(np.random.default_rng(1).integers(1, 6, (2, max(lengths))), axis=1)
+    ask = functools.partial(_score, q, rows, k, head_weights=weights, normalisation=normalisation, window=window)
+    scores, without = np.asarray(ask(positions=positions)), np.asarray(ask())
+    for row, length in enumerate(lengths):
+        case = (q[row], rows[row], k[row, :length], weights, normalisation, window, None, positions[row, :length])
+        want = reference(*case)
+        assert (np.abs(scores[row, :length] - want) <= largest_error(*case)).all()
+        assert ((want == 0) != (without[row, :length] == 0)).any()
+    with pytest.raises(UserError, match="masks a sliding window by slots"):
+        ask(positions=positions, implementation="pallas")
 
 
 @pytest.mark.parametrize("implementation", _IMPLEMENTATIONS)
