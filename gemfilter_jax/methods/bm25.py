@@ -5,7 +5,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from gemfilter_jax.methods.text_passages import TextPassages
+from gemfilter_jax.methods.model_free import TextPassages
 
 if TYPE_CHECKING:
     import numpy as np

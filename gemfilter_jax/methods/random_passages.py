@@ -5,7 +5,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from gemfilter_jax.methods.text_passages import TextPassages
+from gemfilter_jax.methods.model_free import TextPassages
 from gemfilter_jax.settings import option
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class RandomPassages(TextPassages):
-    """Keep passages drawn at random: a floor.
+    """Keep passages drawn at random, which any method should beat.
 
     Attributes:
       draw: seed of the draw; every prompt has its own.

@@ -157,6 +157,27 @@ def test_a_document_gives_what_its_text_gives(model, method):
         assert (asked.tokens, asked.selection) == (anew.tokens, anew.selection)
 
 
+@pytest.mark.parametrize("method", [_DEFAULT, BM25(keep=KEEP, chunk=8, sentences=False)], ids=["default", "bm25"])
+def test_a_document_takes_other_options_of_its_method(model, method):
+    """Another budget reads nothing anew; another filter layer does."""
+    text, other = tiny.words(LENGTHS[-1]), dataclasses.replace(method, keep=KEEP // 2)
+    document = model.document(text, method=method)
+    document.ask(QUESTION, max_new_tokens=2)
+    asked = document.ask(QUESTION, method=other, max_new_tokens=8, sampling=WARM)
+    anew = model.generate(text, QUESTION, method=other, max_new_tokens=8, sampling=WARM)
+    assert (asked.tokens, asked.selection) == (anew.tokens, anew.selection)
+    assert asked.selection.kept_tokens == KEEP // 2
+    assert "read" not in asked.timings
+    assert document.select(QUESTION, method=other)[0] == asked.selection
+    if method is _DEFAULT:
+        earlier = dataclasses.replace(method, filter_layer=1)
+        kept, timings = document.select(QUESTION, method=earlier)
+        assert "read" in timings
+        assert kept == model.select(text, QUESTION, method=earlier)[0]
+    with pytest.raises(UserError, match=f"the document was opened for {type(method).__name__}"):
+        document.ask(QUESTION, method=Full())
+
+
 @every_method
 def test_a_streamed_answer_is_the_answer(model, method):
     pieces: list[str] = []

@@ -1,4 +1,4 @@
-"""Methods that score passages by their text, without a model."""
+"""Methods that choose tokens without a model."""
 
 import abc
 import dataclasses
@@ -20,14 +20,56 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class TextPassages(Method):
-    """A method that keeps whole passages as GemFilter's default rule does, but scores them in its own way, in `scores`.
+class ModelFree(Method):
+    """A method that chooses tokens by the prompt's text alone, in `kept`.
 
     Attributes:
-      keep, chunk, sentences, order: see `GemFilter`; the preset's unless given.
+      keep: K, tokens kept, required ones included.
     """
 
     keep: int = option_of(GemFilter, "keep")
+
+    @abc.abstractmethod
+    def kept(self, prompt: "Prompt") -> "np.ndarray":
+        """The kept tokens of a prompt of more than K tokens; see `Method.select`."""
+
+    @property
+    def budget(self) -> int:
+        """K."""
+        return self.keep
+
+    def select(
+        self,
+        model: "Decoder",
+        prompts: "Sequence[Prompt]",
+        *,
+        watch: "Stopwatch",
+        progress: Progress | None = None,
+    ) -> "list[np.ndarray]":
+        """See `Method.select`."""
+        import numpy as np
+
+        del progress
+        self.check(model)
+        for prompt in prompts:
+            self.check_required(prompt, self.keep)
+        with watch.stage("filter"):
+            return [self.kept(prompt) if len(prompt) > self.keep else np.arange(len(prompt)) for prompt in prompts]
+
+    def work(self, config: "ModelConfig") -> str:
+        """No layer."""
+        del config
+        return "no layer picked"
+
+
+@dataclasses.dataclass(frozen=True)
+class TextPassages(ModelFree):
+    """A method that keeps whole passages as GemFilter's default rule does, but scores them in its own way, in `scores`.
+
+    Attributes:
+      chunk, sentences, order: see `GemFilter`; the preset's unless given.
+    """
+
     chunk: int = option_of(GemFilter, "chunk")
     sentences: bool = option_of(GemFilter, "sentences")
     order: Order = option_of(GemFilter, "order")
@@ -43,39 +85,16 @@ class TextPassages(Method):
         return super().of(variant, preset, **own | given)
 
     @property
-    def budget(self) -> int:
-        """K."""
-        return self.keep
-
-    @property
     def observation_rows(self) -> int:
         """GemFilter's."""
         return GemFilter.observation_window
 
-    def select(
-        self,
-        model: "Decoder",
-        prompts: "Sequence[Prompt]",
-        *,
-        watch: "Stopwatch",
-        progress: Progress | None = None,
-    ) -> "list[np.ndarray]":
-        """See `Method.select`."""
-        del progress
-        self.check(model)
-        for prompt in prompts:
-            self.check_required(prompt, self.keep)
-        with watch.stage("filter"):
-            return [self._kept(prompt) for prompt in prompts]
-
-    def _kept(self, prompt: "Prompt") -> "np.ndarray":
+    def kept(self, prompt: "Prompt") -> "np.ndarray":
+        """See `ModelFree`."""
         import numpy as np
 
         from gemfilter_jax.methods import passages
 
-        rows = np.arange(len(prompt))
-        if len(prompt) <= self.keep:
-            return rows
         rule = passages.PassageRule.of(self)
         numbers = passages.chunks(prompt, rule)
         document = np.flatnonzero(~prompt.required)
@@ -84,9 +103,4 @@ class TextPassages(Method):
         texts = [prompt.text[start:end] for start, end in zip(starts, ends, strict=True)]
         scores = np.zeros(len(prompt), np.float32)
         scores[document] = self.scores(prompt, texts)[np.searchsorted(chunks, numbers[document])]
-        return passages.kept([scores], [prompt], [rows], rule)[0]
-
-    def work(self, config: "ModelConfig") -> str:
-        """No layer."""
-        del config
-        return "no layer picked"
+        return passages.kept([scores], [prompt], [np.arange(len(prompt))], rule)[0]
