@@ -60,6 +60,11 @@ def of_folder_or_essays(folder: str | None) -> tuple[str, ...]:
     return built_in("essays") if folder is None else read_folder(pathlib.Path(folder))
 
 
+def token_count(tokenizer: "PreTrainedTokenizerBase", text: str) -> int:
+    """Length of a text in tokens, without special tokens."""
+    return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
 @dataclasses.dataclass(frozen=True)
 class Haystack:
     """A long text and the ends of its tokens.

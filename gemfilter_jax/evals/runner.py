@@ -98,21 +98,25 @@ def run(
     Args:
       answer: if not, only what methods keep of the texts is scored.
     """
-    for (_, text), same in itertools.groupby(asked, key=lambda trial: (trial.contestant.name, trial.example.text)):
-        group = list(same)
-        of_all = _with_format(model, group[0].example)
-        document = of_all.document(text, method=group[0].contestant.method) if len(group) > 1 else None
+    for _, alike in itertools.groupby(asked, key=_read_as):
+        group = list(alike)
+        example, method = group[0].example, group[0].contestant.method
+        own = _with_format(model, example)
+        document = own.document(example.text, method=method) if len(group) > 1 else None
         for trial in group:
-            own = _with_format(model, trial.example)
-            read = document if own == of_all else None
             try:
-                yield trial, _outcome(own, task, trial, read, answer=answer)
+                yield trial, _outcome(own, task, trial, document, answer=answer)
             except UserError as error:
                 yield trial, Outcome(error=str(error))
             except jax.errors.JaxRuntimeError as error:
                 if _OUT_OF_MEMORY not in str(error) or processes.is_one_of_several():
                     raise
                 yield trial, Outcome(error="the device's memory is too small")
+
+
+def _read_as(trial: Trial) -> tuple:
+    """Equal for trials that one reading of a text serves."""
+    return trial.contestant.name, trial.example.text, trial.example.message_format, trial.example.plain
 
 
 def _with_format(model: "Pipeline", example: Example) -> "Pipeline":

@@ -185,7 +185,7 @@ def test_a_refusal_is_an_outcome():
 
 
 def test_an_example_brings_its_message_format():
-    """Each is asked by a pipeline of its own, which shares no document."""
+    """Trials with other formats share no document."""
     seen = []
 
     class Telling(Model):
@@ -196,5 +196,5 @@ def test_an_example_brings_its_message_format():
     formatted = dataclasses.replace(LAMP, message_format="{text}{question}", plain=True)
     model = Telling()
     run(model, Contains((KEYS, formatted)), ALL)
-    assert seen == [("{text}{question}", False)]
-    assert [noted[0] for noted in model.asked] == ["document", "ask", "generate"]
+    assert seen == [("own", True), ("{text}{question}", False)]
+    assert [noted[0] for noted in model.asked] == ["generate", "generate"]

@@ -97,7 +97,7 @@ def fitted(
     best, nearest = Draft(""), math.inf
     for step in itertools.count():
         draft = compose(size)
-        found = token_count(tokenizer, draft.text)
+        found = haystack.token_count(tokenizer, draft.text)
         if abs(found - tokens) < abs(nearest - tokens):
             best, nearest = draft, found
         if found < tokens:
@@ -118,11 +118,6 @@ def fitted(
     if low is None:
         raise UserError(f"{what}: the shortest text takes {nearest} tokens, expected {tokens}; ask for a longer one")
     raise UserError(f"{what}: the nearest text takes {nearest} tokens, expected {tokens}; ask for another length")
-
-
-def token_count(tokenizer: "PreTrainedTokenizerBase", text: str) -> int:
-    """Length of a text in tokens, without special tokens."""
-    return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _grown(low: tuple[int, int], first: tuple[int, int], tokens: int) -> int:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from gemfilter_jax.errors import UserError
-from gemfilter_jax.evals import jsonl, longbench_metrics
+from gemfilter_jax.evals import haystack, jsonl, longbench_metrics
 from gemfilter_jax.evals.example import Example
 from gemfilter_jax.evals.task import Task
 from gemfilter_jax.settings import option
@@ -171,7 +171,7 @@ class LongBench(Task):
             text=text,
             question=question,
             references=line.answers,
-            tokens=len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]),
+            tokens=haystack.token_count(tokenizer, text),
             group=line.dataset,
             message_format=f"{dataset.before}{{text}}{{question}}",
             plain=dataset.plain,
