@@ -15,11 +15,6 @@ LEAST_TEMPLATES = 24
 ORDINARY_WORDS = 5  # so many in a row are a wording
 
 
-@pytest.fixture(scope="module")
-def tokenizer(smollm2):
-    return smollm2.checkpoint.tokenizer
-
-
 def slots(text: str) -> set[str]:
     return {slot for _, slot, _, _ in string.Formatter().parse(text) if slot}
 

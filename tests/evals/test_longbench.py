@@ -53,11 +53,6 @@ ANSWERS = {"passage_retrieval_en": "Paragraph 1", "passage_retrieval_zh": "æ®µè
 every_dataset = pytest.mark.parametrize("name", PUBLISHED)
 
 
-@pytest.fixture(scope="module")
-def tokenizer(smollm2):
-    return smollm2.checkpoint.tokenizer
-
-
 def fields(name: str, **changes) -> dict:
     """The fields of a line as published."""
     return {

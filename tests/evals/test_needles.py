@@ -3,7 +3,6 @@
 The last tests are a small part of `gemfilter evaluate`, within the context and beyond it.
 """
 
-import json
 import re
 
 import pytest
@@ -20,23 +19,6 @@ OWN = {
     "answer": "Friday",
 }
 PAPER_ANSWER = "eat a sandwich and sit in Dolores Park on a sunny day."
-
-
-@pytest.fixture(scope="module")
-def tokenizer(smollm2):
-    return smollm2.checkpoint.tokenizer
-
-
-@pytest.fixture
-def written(tmp_path):
-    """Writes a JSONL file; an item that is a string is a line as it stands."""
-
-    def write(*lines) -> str:
-        path = tmp_path / "needles.jsonl"
-        path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
-        return str(path)
-
-    return write
 
 
 def essays(tokenizer, seed: int) -> str:
@@ -159,8 +141,8 @@ def test_ones_own_needles_and_texts(tokenizer, written, tmp_path):
 @pytest.mark.parametrize(
     ("lines", "said"),
     [
-        ([OWN, "{no"], "needles.jsonl, line 2: is not JSON"),
-        ([OWN, "7"], "needles.jsonl, line 2: is 7, expected a needle as a JSON object"),
+        ([OWN, "{no"], "lines.jsonl, line 2: is not JSON"),
+        ([OWN, "7"], "lines.jsonl, line 2: is 7, expected a needle as a JSON object"),
         (
             [OWN, {"needle": "x", "question": "y"}],
             "line 2: field 'answer' is missing, expected a string; the fields are",
@@ -168,7 +150,7 @@ def test_ones_own_needles_and_texts(tokenizer, written, tmp_path):
         ([OWN | {"answer": 3}], "line 1: field 'answer' is 3, expected a string that is not empty"),
         ([OWN | {"needle": " "}], "line 1: field 'needle' is ' ', expected a string that is not empty"),
         ([OWN | {"needle": "\ud800"}], "line 1: field 'needle' has half of a surrogate pair at character 0"),
-        ([""], "needles.jsonl: is empty, expected a needle as a JSON object on each line"),
+        ([""], "lines.jsonl: is empty, expected a needle as a JSON object on each line"),
     ],
 )
 def test_faults_of_a_needles_file(written, lines, said):

@@ -28,11 +28,6 @@ every_fact = pytest.mark.parametrize("fact", FACTS, ids=lambda fact: fact.name)
 
 
 @pytest.fixture(scope="module")
-def tokenizer(smollm2):
-    return smollm2.checkpoint.tokenizer
-
-
-@pytest.fixture(scope="module")
 def every_example(tokenizer):
     return list(NoLiteralMatch().examples(tokenizer, TOKENS))
 

@@ -28,23 +28,6 @@ OPTIONS = {"A": "The smallest one", "B": "The tall one in the corner", "C": "Bot
 PEOPLE = {"A": "Chelsea", "B": "Chelsea Clinton", "C": "John D. Smith.", "D": "No", "E": "7", "F": ""}
 
 
-@pytest.fixture(scope="module")
-def tokenizer(smollm2):
-    return smollm2.checkpoint.tokenizer
-
-
-@pytest.fixture
-def written(tmp_path):
-    """Writes a JSONL file; an item that is a string is a line as it stands."""
-
-    def write(*lines) -> str:
-        path = tmp_path / "questions.jsonl"
-        path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
-        return str(path)
-
-    return write
-
-
 def document(text: str, *questions: tuple[str, str], **other) -> dict:
     return {
         "input": text,
@@ -286,7 +269,7 @@ GOOD = document("Text.", ("Q?", "A"))
 @pytest.mark.parametrize(
     ("lines", "said"),
     [
-        ([GOOD, "{no"], "questions.jsonl, line 2: is not JSON"),
+        ([GOOD, "{no"], "lines.jsonl, line 2: is not JSON"),
         ([GOOD, "", "[1]"], "line 3: is [1], expected a document with questions as a JSON object"),
         (
             [GOOD, {"input": "x", "instructions": ["y"]}],
@@ -297,7 +280,7 @@ GOOD = document("Text.", ("Q?", "A"))
         ([GOOD | {"outputs": "A"}], "line 1: field 'outputs' is 'A', expected a list of strings"),
         ([GOOD | {"outputs": [7]}], "line 1: item 1 of 'outputs' is 7, expected a string that is not empty"),
         ([GOOD | {"outputs": ["A", "B"]}], "line 1: 1 instructions but 2 outputs, expected one output for each"),
-        ([], "questions.jsonl: is empty, expected a document with questions as a JSON object on each line"),
+        ([], "lines.jsonl: is empty, expected a document with questions as a JSON object on each line"),
     ],
 )
 def test_faults_of_a_file(written, lines, said):

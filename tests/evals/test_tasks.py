@@ -35,11 +35,6 @@ SMALL = {
 every_task = pytest.mark.parametrize("name", tasks.TASKS)
 
 
-@pytest.fixture(scope="module")
-def tokenizer(smollm2):
-    return smollm2.checkpoint.tokenizer
-
-
 def small(name: str, **settings) -> Task:
     return tasks.TASKS[name](**SMALL.get(name, {}), **settings)
 
