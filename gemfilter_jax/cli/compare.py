@@ -5,8 +5,8 @@ gemfilter compare shard1.jsonl shard2.jsonl --baseline=bm25 --by_group
 gemfilter compare needles.jsonl --format=markdown --heat_map=needles.png --plot=budgets.png
 
 Several files are taken together if they are of one task, its options and one model: the parts of a run, or runs of
-other methods, budgets or lengths. Every mean has its 95 % interval. With --baseline each method is compared with one,
-budget by budget, on the examples that both answered: how many it scores higher and lower, and a p-value.
+other methods, budgets or lengths. Means have 95 % intervals. With --baseline each method is compared with one, budget
+by budget, on the examples that both answered: how many it scores higher and lower, and a p-value.
 """
 
 import json
