@@ -96,8 +96,14 @@ if [ -n "$longbench" ]; then
             --output="$output/layer_$layer.jsonl" "$@"
     done
 fi
-[ -e "$output/bench.json" ] || "$gemfilter" bench --model="$model" --lengths="$bench" --keep="$first" \
-    --method=full,snapkv,paper,default --output="$output/bench.json" "$@" >"$output/bench.txt"
+timed="--model=$model --lengths=$bench --keep=$first $*"
+if [ ! -e "$output/bench.json" ]; then
+    echo "$timed" >"$output/bench.flags"
+    "$gemfilter" bench --model="$model" --lengths="$bench" --keep="$first" --method=full,snapkv,paper,default \
+        --output="$output/bench.json" "$@" >"$output/bench.txt"
+elif [ "$(cat "$output/bench.flags")" != "$timed" ]; then
+    fail "$output/bench.json is of $(cat "$output/bench.flags"), not of $timed; give a new --output"
+fi
 
 {
     echo "# The experiments of the GemFilter paper on $model"

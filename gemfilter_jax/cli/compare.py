@@ -4,13 +4,15 @@ gemfilter compare facts.jsonl
 gemfilter compare shard1.jsonl shard2.jsonl --baseline=bm25 --by_group
 gemfilter compare needles.jsonl --format=markdown --heat_map=needles.png --plot=budgets.png
 
-Several files are taken together if they are of one task, its options and one model: the parts of a run, or runs of
-other methods, budgets or lengths. Means have 95 % intervals. With --baseline each method is compared with one, budget
-by budget, on the examples that both answered: how many it scores higher and lower, and a p-value.
+Several files are taken together if they are of one task and model: the shards of a run, or runs of other methods,
+budgets or lengths. Examples that several files have must be the same. Means have 95 % intervals. With --baseline each
+method is compared with one, budget by budget, on the examples that both answered: how many it scores higher and lower,
+and a p-value.
 """
 
 import json
 import pathlib
+import sys
 
 from absl import flags
 
@@ -23,7 +25,13 @@ _PLOTS = (".png", ".svg", ".pdf")
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_enum("format", "text", ["text", "markdown", "json"], "Output format.", flag_values=FLAGS)
-flags.DEFINE_bool("by_group", False, "Count the parts of the task apart, such as its datasets.", flag_values=FLAGS)
+flags.DEFINE_bool(
+    "by_group",
+    False,
+    "In tables, a row for each part of the task, such as a dataset, and one for their average, in place of one row for "
+    "all examples. JSON has no average.",
+    flag_values=FLAGS,
+)
 flags.DEFINE_string("score", None, "The score to compare and to plot. Default: the task's own.", flag_values=FLAGS)
 flags.DEFINE_string(
     "baseline", None, "The method to compare with: NAME, or NAME@KEEP for one budget.", flag_values=FLAGS
@@ -48,6 +56,9 @@ def main(paths: list[str]) -> None:
             if pathlib.Path(path).suffix not in _PLOTS:
                 raise UserError(f"--{name}={path}: expected a name that ends in {', '.join(_PLOTS)}")
 
+    if FLAGS.heat_map and FLAGS.plot and pathlib.Path(FLAGS.heat_map).resolve() == pathlib.Path(FLAGS.plot).resolve():
+        raise UserError(f"--heat_map and --plot are both {FLAGS.plot}; give two files")
+
     from gemfilter_jax.reporting import plots, score_tables, terminal
 
     if FLAGS.heat_map or FLAGS.plot:
@@ -64,11 +75,14 @@ def main(paths: list[str]) -> None:
         made = score_tables.as_json(results, compared, by_group=FLAGS.by_group)
         print(json.dumps(made | {"baseline": FLAGS.baseline, "score": score}, indent=1))
     elif FLAGS.format == "markdown":
-        print(score_tables.markdown(results, compared, by_group=FLAGS.by_group))
+        caption = score_tables.compared_title(score, FLAGS.baseline) if compared else ""
+        print(score_tables.markdown(results, compared, caption, by_group=FLAGS.by_group))
     else:
         terminal.print_table(score_tables.rich_table(results, by_group=FLAGS.by_group))
         if compared:
             terminal.print_table(score_tables.rich_comparison(compared, FLAGS.baseline, score))
+        for remark in score_tables.remarks(results):
+            print(remark, file=sys.stderr)
     if FLAGS.heat_map:
         plots.heat_maps(results, score, FLAGS.heat_map)
     if FLAGS.plot:

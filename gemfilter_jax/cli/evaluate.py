@@ -8,8 +8,10 @@ With --output each result is written as it comes, and a run that was stopped goe
 tables and plots of such files.
 """
 
+import contextlib
 import dataclasses
 import pathlib
+import sys
 from typing import TYPE_CHECKING
 
 from absl import flags
@@ -28,6 +30,8 @@ if TYPE_CHECKING:  # commands parse their flags before they import JAX, so that 
     from gemfilter_jax.evals.runner import Contestant
     from gemfilter_jax.evals.task import Task
     from gemfilter_jax.pipeline import Pipeline
+
+_LONGEST_COUNT = 9  # digits of the number of shards
 
 
 def _define_tasks(values: flags.FlagValues) -> None:
@@ -95,21 +99,27 @@ def main(_: list[str]) -> None:
     with terminal.status(progress, "making examples"):
         tokenizer = model.checkpoint.tokenizer
         asked = runner.trials(task, tokenizer, lengths, contestants, shard=shard)
-    heading = _heading(task, lengths, contestants, model)
+    heading = _heading(task, lengths, contestants, model, len(asked))
     path = pathlib.Path(FLAGS.output) if FLAGS.output and processes.is_first() else None
-    lines = list(result_file.resume(path, heading, asked).lines) if path else []
-    done = processes.of_first(len(lines))
-    with score_tables.running(progress, lines, len(asked), heading["main_score"]) as report:
-        for trial, outcome in runner.run(model, task, asked[done:], answer=FLAGS.answer):
-            lines.append(result_file.Line.of(trial, outcome))
-            if path:
-                result_file.append(path, lines[-1])
-            report(lines[-1])
+    with result_file.locked(path) if path else contextlib.nullcontext():
+        lines = list(result_file.resume(path, heading, asked).lines) if path else []
+        done = processes.of_first(len(lines))
+        with score_tables.running(progress, lines, len(asked), heading["main_score"]) as report:
+            for trial, outcome in runner.run(model, task, asked[done:], answer=FLAGS.answer):
+                lines.append(result_file.Line.of(trial, outcome))
+                if path:
+                    result_file.append(path, lines[-1])
+                report(lines[-1])
     if processes.is_first():
-        terminal.print_table(score_tables.rich_table(result_file.ResultFile(heading, tuple(lines))))
+        results = result_file.ResultFile(heading, tuple(lines))
+        terminal.print_table(score_tables.rich_table(results))
+        for remark in score_tables.remarks(results):
+            print(remark, file=sys.stderr)
 
 
-def _heading(task: "Task", lengths: list[int], contestants: "list[Contestant]", model: "Pipeline") -> "dict[str, Any]":
+def _heading(
+    task: "Task", lengths: list[int], contestants: "list[Contestant]", model: "Pipeline", trials: int
+) -> "dict[str, Any]":
     """What a result file says of its run."""
     from gemfilter_jax.evals import bench
 
@@ -117,10 +127,12 @@ def _heading(task: "Task", lengths: list[int], contestants: "list[Contestant]", 
         "command": "evaluate",
         "task": task.name,
         "title": task.title,
+        "parts": task.parts,
         "answer": FLAGS.answer,
         "main_score": task.main_score if FLAGS.answer else "kept",
         "options": task.settings,
         "lengths": lengths if task.sized else None,
+        "trials": trials,
         "methods": [{"method": one.name, "keep": one.keep, "options": one.method.fields} for one in contestants],
         "model": model.checkpoint.name,
         "dtype": str(model.checkpoint.model.dtype),
@@ -137,7 +149,8 @@ def _shard() -> tuple[int, int]:
     if FLAGS.shard is None:
         return 0, 1
     index, slash, count = FLAGS.shard.partition("/")
-    if not (slash and index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+    numbers = slash and index.isdecimal() and count.isdecimal() and len(count) <= _LONGEST_COUNT
+    if not (numbers and len(index) <= len(count) and 1 <= int(index) <= int(count)):
         raise UserError(f"--shard={FLAGS.shard}: expected I/N with I from 1 to N, such as 2/8")
     return int(index) - 1, int(count)
 

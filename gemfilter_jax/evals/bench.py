@@ -51,6 +51,7 @@ def environment() -> dict[str, str]:
         "jax": jax.__version__,
         "jaxlib": importlib.metadata.version("jaxlib"),
         "flax": importlib.metadata.version("flax"),
+        "gemfilter_jax": importlib.metadata.version("gemfilter_jax"),
         "memory": "peak resident set of the process" if _resident() else "peak bytes in use on the device, so far",
     }
 

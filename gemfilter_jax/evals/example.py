@@ -1,6 +1,7 @@
 """A question about a long text, and what became of it."""
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 
 
@@ -15,7 +16,8 @@ class Example:
       references: the expected answers: one for each fact, or alternatives, as the task says.
       tokens: approximate length of `text` in tokens.
       spans: the passages of `text` that hold the references, as character offsets [start, end); empty if unknown.
-      group: the part of the task that the example belongs to, such as one of its datasets; also counted apart.
+        If there are as many as references, each holds the reference of the same index.
+      group: the part of the task that the example belongs to, see `Task.parts`; also counted apart.
       message_format: see `prompt.encode`; None for the pipeline's own.
       plain: whether the prompt is never wrapped in a chat template.
     """
@@ -34,6 +36,11 @@ class Example:
     def depth(self) -> float | None:
         """Relative position of the first span: 0 at the start of the text, 1 at its end; None without spans."""
         return min(self.spans)[0] / len(self.text) if self.spans else None
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits, equal for equal examples."""
+        return hashlib.blake2b(repr(dataclasses.astuple(self)).encode(), digest_size=8).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)

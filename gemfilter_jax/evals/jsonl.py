@@ -67,7 +67,7 @@ def read(path: str, what: str) -> list[Line]:
       UserError: the file cannot be read or has no such line, or a line is not a JSON object.
     """
     lines = []
-    for number, text in enumerate(files.read_text(pathlib.Path(path), path).split("\n"), 1):
+    for number, text in enumerate(files.read_text(pathlib.Path(path), path).removeprefix("\ufeff").split("\n"), 1):
         place = f"{path}, line {number}"
         if not text.strip():
             continue

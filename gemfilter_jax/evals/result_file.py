@@ -4,11 +4,11 @@ A file grows by whole lines, so that a run that was killed goes on where it stop
 these lines alone.
 """
 
+import contextlib
 import dataclasses
 import json
-import math
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
@@ -19,15 +19,33 @@ if TYPE_CHECKING:
     from gemfilter_jax.evals.runner import Trial
 
 _WHERE_IT_RAN = "environment"
-_OF_ONE_RUN = (
-    *("task", "title", "main_score", "options", "answer"),
-    *("model", "dtype", "weights", "chat_template", "message_format", "methods"),
-)
+_LONGEST = 1e9  # seconds
+_LONGEST_SHOWN = 200  # characters of a heading's field in an error
+_OF_THE_BUDGET = ("keep", "share")  # options of a method that budgets differ in
+_HEADING: dict[str, type | tuple[type, ...]] = {
+    "task": str,
+    "title": str,
+    "parts": str,
+    "main_score": str,
+    "options": dict,
+    "lengths": (list, NoneType),
+    "trials": int,
+    "shard": (str, NoneType),
+    "methods": list,
+    "model": str,
+    "dtype": str,
+    "weights": str,
+    "chat_template": bool,
+    "message_format": str,
+}
+_OF_ONE_MODEL = ("task", "model", "dtype", "weights", "chat_template", "message_format")
+_METHOD: dict[str, type | tuple[type, ...]] = {"method": str, "keep": (int, str), "options": dict}
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "number": int,
     "tokens": int,
     "method": str,
     "name": str,
+    "digest": str,
     "group": str,
     "question": str,
     "answer": str,
@@ -49,7 +67,7 @@ class Line:
     Attributes:
       length: the text's length as it was asked for; None if texts have lengths of their own.
       number: of the example among those of this length, from 0.
-      name, group, depth, tokens: see `Example`.
+      name, digest, group, depth, tokens: see `Example`.
       method, keep: see `Contestant`.
       expected: the references.
       scores: empty if there is an error.
@@ -61,6 +79,7 @@ class Line:
     method: str
     keep: int | str
     name: str
+    digest: str
     group: str
     depth: float | None
     tokens: int
@@ -82,6 +101,7 @@ class Line:
             method=trial.contestant.name,
             keep=trial.contestant.keep,
             name=example.name,
+            digest=example.digest,
             group=example.group,
             depth=None if example.depth is None else round(example.depth, 4),
             tokens=example.tokens,
@@ -117,14 +137,16 @@ def label(method: str, keep: int | str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class ResultFile:
-    """The heading and the lines of a result file, or of several shards of one run.
+    """The heading and the lines of a result file, or of several files of one task and model.
 
     Attributes:
-      heading: what ran: task and its options, model, methods, environment.
+      heading: what ran: task and its options, model, methods, number of trials, environment.
+      missing: what the files lack, a remark each: results of a run that has not finished, and shards.
     """
 
     heading: Mapping[str, Any]
     lines: tuple[Line, ...]
+    missing: tuple[str, ...] = ()
 
 
 def resume(path: pathlib.Path, heading: Mapping[str, Any], asked: Sequence["Trial"]) -> ResultFile:
@@ -162,17 +184,50 @@ def _checked(
     for name in {**found, **heading}:
         if name != _WHERE_IT_RAN and found.get(name) != heading.get(name):
             raise UserError(
-                f"{path}: is of another run: its {name} is {json.dumps(found.get(name))[:200]}, now it is "
-                f"{json.dumps(heading.get(name))[:200]}; give a new file"
+                f"{path}: is of another run: {_difference(name, found.get(name), heading.get(name))}; give a new file, "
+                "which gemfilter compare takes beside this one"
             )
     lines = [_line(line, f"{path}: line {number}") for number, line in enumerate(whole[1:], 2)]
     if len(lines) > len(asked):
         raise UserError(f"{path}: has {len(lines)} results, the run has {len(asked)}; give a new file")
     for number, (line, trial) in enumerate(zip(lines, asked, strict=False), 2):
-        wanted = (trial.length, trial.number), (trial.contestant.name, trial.contestant.keep)
-        if (line.example, line.contestant) != wanted or line.question != trial.example.question:
-            raise UserError(f"{path}: line {number} is of another run; give a new file")
+        wanted = (trial.length, trial.number), (trial.contestant.name, trial.contestant.keep), trial.example.digest
+        if (line.example, line.contestant, line.digest) != wanted:
+            raise UserError(f"{path}: line {number} is of another run, or of texts that have changed; give a new file")
     return ResultFile(found, tuple(lines))
+
+
+def _difference(name: str, found: Any, now: Any) -> str:
+    """What differs in a field of a heading, for an error."""
+    if name == "methods" and isinstance(found, list) and isinstance(now, list):
+        before, after = (
+            [label(one["method"], one["keep"]) for one in methods if _fits(one, _METHOD)] for methods in (found, now)
+        )
+        if before != after:
+            return f"its methods are {', '.join(before)}, now they are {', '.join(after)}"
+    shown = (json.dumps(value) for value in (found, now))
+    was, is_now = (one if len(one) <= _LONGEST_SHOWN else f"{one[:_LONGEST_SHOWN]}..." for one in shown)
+    return f"its {name} is {was}, now it is {is_now}"
+
+
+@contextlib.contextmanager
+def locked(path: pathlib.Path) -> Iterator[None]:
+    """Keep other runs from writing a result file, which exists afterwards.
+
+    Raises:
+      UserError: another run is writing it, or it cannot be written.
+    """
+    import fcntl
+
+    try:
+        with path.open("ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(f"{path}: another run is writing it; wait for that, or give a new file") from error
+            yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 def append(path: pathlib.Path, line: Line) -> None:
@@ -189,59 +244,103 @@ def append(path: pathlib.Path, line: Line) -> None:
 
 
 def read(paths: Iterable[pathlib.Path]) -> ResultFile:
-    """The results of files of one run: its shards, or runs of other methods, budgets or lengths on the same examples.
+    """The results of files of one task and model: shards of a run, or runs of other methods, budgets or lengths.
 
     Raises:
-      UserError: a file is damaged, is of another task, model or set of examples, or repeats a trial.
+      UserError: a file is damaged, is of another task or model, repeats a trial, or has another example in the place of
+        one that the files before have.
     """
-    heading: dict[str, Any] = {}
+    headings: list[dict[str, Any]] = []
     lines: dict[tuple, Line] = {}
-    questions: dict[tuple, str] = {}
+    examples: dict[tuple, str] = {}
+    missing = []
     for path in paths:
         try:
             whole = path.read_bytes().splitlines(keepends=True)
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
-        found = _object(whole[0] if whole else b"", f"{path}: line 1")
-        heading = _merged(heading, found, path) if heading else _with_all_fields(found, path)
+        headings.append(_heading(whole[0] if whole else b"", path))
+        _check_alike(headings, path)
+        before = len(lines)
         for number, text in enumerate(whole[1:], 2):
             if text.endswith(b"\n"):  # else a run is writing it, or was killed
                 line = _line(text, f"{path}: line {number}")
                 if (line.example, line.contestant) in lines:
                     raise UserError(f"{path}: line {number} repeats a result of {line.label} for {line.name!r}")
-                if questions.setdefault(line.example, line.question) != line.question:
-                    raise UserError(f"{path}: line {number} asks something else than the other files do")
+                if examples.setdefault(line.example, line.digest) != line.digest:
+                    raise UserError(
+                        f"{path}: line {number}: {line.name!r} is another example than the one in its place in the "
+                        "files before; compare results of the same texts and questions"
+                    )
                 lines[line.example, line.contestant] = line
+        if len(lines) - before < headings[-1]["trials"]:
+            missing.append(f"{path} is not finished: it has {len(lines) - before} of {headings[-1]['trials']} results")
     order = list(dict.fromkeys(line.contestant for line in lines.values()))
     sort_key = {one: place for place, one in enumerate(order)}
     return ResultFile(
-        heading,
+        _merged(headings) if headings else {},
         tuple(sorted(lines.values(), key=lambda one: (one.length or 0, sort_key[one.contestant], one.number))),
+        (*missing, *_missing_shards(headings)),
     )
 
 
-def _with_all_fields(heading: dict[str, Any], path: pathlib.Path) -> dict[str, Any]:
-    for name in _OF_ONE_RUN:
-        if name not in heading:
-            raise UserError(f"{path}: line 1 has no {name!r}; give a file that gemfilter evaluate has written")
+def _heading(text: bytes, path: pathlib.Path) -> dict[str, Any]:
+    """The heading of a file."""
+    heading = _object(text, f"{path}: line 1")
+    wrong = [name for name, kind in _HEADING.items() if not isinstance(heading.get(name, ...), kind)]
+    if not wrong and not all(_fits(one, _METHOD) for one in heading["methods"]):
+        wrong = ["methods"]
+    if wrong:
+        raise UserError(f"{path}: line 1 lacks a sound {wrong[0]!r}; give a file that gemfilter evaluate has written")
     return heading
 
 
-def _merged(heading: dict[str, Any], other: dict[str, Any], path: pathlib.Path) -> dict[str, Any]:
-    """The heading of several files; a method that both have must have the same options in both."""
-    _with_all_fields(other, path)
-    for name in _OF_ONE_RUN:
-        if name != "methods" and other[name] != heading[name]:
-            raise UserError(f"{path}: its {name} is {other[name]!r}, that of the first file {heading[name]!r}")
-    methods = {(one["method"], one["keep"]): one for one in heading["methods"]}
-    for one in other["methods"]:
-        known = methods.setdefault((one["method"], one["keep"]), one)
-        if known != one:
-            raise UserError(
-                f"{path}: its options of {label(one['method'], one['keep'])} are {one['options']}, those of the files "
-                f"before {known['options']}"
-            )
-    return heading | {"methods": list(methods.values())}
+def _fits(value: Any, kinds: Mapping[str, type | tuple[type, ...]]) -> bool:
+    """Whether a JSON value is an object with these fields, of these kinds."""
+    if not isinstance(value, dict) or value.keys() != kinds.keys():
+        return False
+    return all(isinstance(value[name], kind) for name, kind in kinds.items())
+
+
+def _check_alike(headings: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
+    """Raise a `UserError` if the last heading, that of `path`, cannot stand in a table with the ones before."""
+    *before, last = headings
+    for name in _OF_ONE_MODEL if before else ():
+        if last[name] != before[0][name]:
+            raise UserError(f"{path}: its {name} is {last[name]!r}, that of the first file {before[0][name]!r}")
+    known = {one["method"]: one for heading in before for one in heading["methods"]}
+    for one in last["methods"]:
+        own, other = (
+            {name: value for name, value in method["options"].items() if name not in _OF_THE_BUDGET}
+            for method in (one, known.get(one["method"], one))
+        )
+        if own != other:
+            raise UserError(f"{path}: its options of {one['method']} are {own}, those of the files before {other}")
+
+
+def _merged(headings: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One heading for several files: the first one, with the methods, lengths and shards of all."""
+    if len(headings) == 1:
+        return headings[0]
+    methods = {(one["method"], one["keep"]): one for heading in headings for one in heading["methods"]}
+    lengths = [length for heading in headings for length in heading["lengths"] or ()]
+    shards = [heading["shard"] for heading in headings if heading["shard"] is not None]
+    return headings[0] | {
+        "methods": list(methods.values()),
+        "lengths": list(dict.fromkeys(lengths)) or None,
+        "shard": ", ".join(dict.fromkeys(shards)) or None,
+        "trials": sum(heading["trials"] for heading in headings),
+    }
+
+
+def _missing_shards(headings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A remark for each number of parts of which not all have a file."""
+    given = [heading["shard"].partition("/") for heading in headings if heading["shard"] is not None]
+    remarks = []
+    for count in dict.fromkeys(count for _, _, count in given):
+        indices = {index for index, _, other in given if other == count}
+        remarks += [f"of {count} shards only {', '.join(sorted(indices))} is here"] * (str(len(indices)) != count)
+    return remarks
 
 
 def _object(text: bytes, where: str) -> dict[str, Any]:
@@ -251,17 +350,27 @@ def _object(text: bytes, where: str) -> dict[str, Any]:
         raise UserError(f"{where} is not JSON ({error}); give a file that gemfilter evaluate has written") from error
     if not isinstance(fields, dict):
         raise UserError(f"{where} is not a JSON object; give a file that gemfilter evaluate has written")
+    try:
+        json.dumps(fields, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where} has half of a surrogate pair, expected UTF-8") from error
     return fields
 
 
 def _line(text: bytes, where: str) -> Line:
     fields = _object(text, where)
-    sound = fields.keys() == _TYPES.keys() and all(isinstance(fields[name], kind) for name, kind in _TYPES.items())
-    if not sound or not all(_is_number(value) for part in ("scores", "seconds") for value in fields[part].values()):
+    if not _fits(fields, _TYPES):
         raise UserError(f"{where} is no result: expected the fields {', '.join(sorted(_TYPES))}")
+    if not all(_is_number(value, 1) for value in fields["scores"].values()):
+        raise UserError(f"{where} is no result: expected scores from 0 to 1")
+    if not all(_is_number(value, _LONGEST) for value in fields["seconds"].values()):
+        raise UserError(f"{where} is no result: expected seconds of at least 0")
+    if fields["scores"] and fields["error"] is not None:
+        raise UserError(f"{where} is no result: it has both an error and scores")
     fields["expected"] = tuple(fields["expected"])
     return Line(**fields)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+def _is_number(value: object, largest: float) -> bool:
+    """Whether a JSON value is a number from 0 to `largest`; NaN is none."""
+    return isinstance(value, int | float) and 0 <= value <= largest

@@ -73,7 +73,7 @@ def trials(
       shard: (index, N): of N parts of the texts only this one.
 
     Raises:
-      UserError: examples cannot be made.
+      UserError: examples cannot be made, or there are fewer texts than the shard's index.
     """
     asked: list[int | None] = list(lengths) if task.sized else [None]
     made = []
@@ -84,6 +84,8 @@ def trials(
             group = list(same_text)
             if next(texts) % shard[1] == shard[0]:
                 made += [Trial(length, number, one, each) for each in contestants for number, one in group]
+    if not made:
+        raise UserError(f"shard {shard[0] + 1}/{shard[1]} is empty: the run has {next(texts)} texts")
     return made
 
 

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from gemfilter_jax.evals.result_file import Line
 
 _RESAMPLES = 9_999
+_FEWEST = 5  # values of which a bootstrap interval says something
 _COMPILE, _READ = "compile", "read"  # stages; see `pipeline.Result`
 _SEED = 0  # of the resamples, so that equal results give equal intervals
 
@@ -18,24 +19,31 @@ class Mean:
 
     Attributes:
       count: number of examples that have the score.
-      low, high: Wilson's interval (1927) if all scores are 0 or 1, else a bootstrap interval.
+      interval: Wilson's (1927) if the score is 0 or 1, else a bootstrap interval, and None of too few values for one.
     """
 
     count: int
     value: float
-    low: float
-    high: float
+    interval: tuple[float, float] | None
 
     def __str__(self) -> str:
-        low, high = (f"{bound:.2f}".removeprefix("0") for bound in (self.low, self.high))
+        if self.interval is None:
+            return f"{self.value:.2f}"
+        low, high = (f"{bound:.2f}".removeprefix("0") for bound in self.interval)
         return f"{self.value:.2f} ({low}-{high})"
 
 
-def mean(values: Sequence[float]) -> Mean:
-    """The mean of at least one number from 0 to 1."""
+def mean(values: Sequence[float], *, binary: bool) -> Mean:
+    """The mean of at least one number from 0 to 1.
+
+    Args:
+      binary: whether the score is always 0 or 1, which these values alone do not tell.
+    """
     value, count = sum(values) / len(values), len(values)
-    low, high = wilson(round(sum(values)), count) if set(values) <= {0, 1} else _bootstrap(values)
-    return Mean(count, value, min(low, value), max(high, value))
+    if not binary and count < _FEWEST:
+        return Mean(count, value, None)
+    low, high = wilson(round(sum(values)), count) if binary else _bootstrap(values)
+    return Mean(count, value, (min(low, value), max(high, value)))
 
 
 def wilson(successes: int, trials: int) -> tuple[float, float]:
@@ -74,7 +82,7 @@ class Summary:
       scores: by name; empty if no example has an answer.
       seconds: median seconds of an answer, all stages but compilation and the reading of a document that serves
         several; None without an answer.
-      reading: median seconds of such a reading; None if there was none.
+      reading: median seconds of such a reading, whichever budget it was for; None if there was none.
     """
 
     method: str
@@ -92,13 +100,26 @@ class Summary:
 def summarise(lines: Iterable["Line"], *, by_group: bool = False) -> list[Summary]:
     """A summary for each method, budget and length, and each group if asked for, in the order of the lines."""
     parts: dict[tuple, list[Line]] = {}
+    readings: dict[tuple, list[float]] = {}
+    partial: set[str] = set()
     for line in lines:
         group = line.group if by_group else None
         parts.setdefault((line.contestant, line.length, group), []).append(line)
-    return [_summary(own, group) for (_, _, group), own in parts.items()]
+        if _READ in line.seconds:
+            readings.setdefault((line.method, line.length, group), []).append(line.seconds[_READ])
+        partial |= {name for name, value in line.scores.items() if value not in (0, 1)}
+    return [
+        _summary(own, group, partial, readings.get((contestant[0], length, group), []))
+        for (contestant, length, group), own in parts.items()
+    ]
 
 
-def _summary(lines: "list[Line]", group: str | None) -> Summary:
+def _summary(lines: "list[Line]", group: str | None, partial: set[str], readings: list[float]) -> Summary:
+    """The summary of lines of one method, budget and length.
+
+    Args:
+      partial: scores that are not always 0 or 1. readings: seconds of readings that serve these lines or others.
+    """
     import statistics
 
     values: dict[str, list[float]] = {}
@@ -106,7 +127,6 @@ def _summary(lines: "list[Line]", group: str | None) -> Summary:
         for name, value in line.scores.items():
             values.setdefault(name, []).append(value)
     seconds = [_seconds(line) for line in lines if line.error is None]
-    reading = [line.seconds[_READ] for line in lines if _READ in line.seconds]
     return Summary(
         method=lines[0].method,
         keep=lines[0].keep,
@@ -115,9 +135,9 @@ def _summary(lines: "list[Line]", group: str | None) -> Summary:
         examples=len(lines),
         errors=sum(line.error is not None for line in lines),
         tokens=statistics.mean(line.tokens for line in lines),
-        scores={name: mean(own) for name, own in values.items()},
+        scores={name: mean(own, binary=name not in partial) for name, own in values.items()},
         seconds=statistics.median(seconds) if seconds else None,
-        reading=statistics.median(reading) if reading else None,
+        reading=statistics.median(readings) if readings else None,
     )
 
 

@@ -26,6 +26,7 @@ class Task(abc.ABC):
     Attributes:
       name: name on the command line.
       title: heading of the result table.
+      parts: what `Example.group` names, in the singular.
       main_score: the score by which methods are compared.
       sized: whether texts are made as long as asked. If not, they have lengths of their own.
       scores_kept: whether what a method keeps is scored; see `score_kept`.
@@ -33,6 +34,7 @@ class Task(abc.ABC):
 
     name: ClassVar[str]
     title: ClassVar[str]
+    parts: ClassVar[str] = "part"
     main_score: ClassVar[str] = "right"
     sized: ClassVar[bool] = True
     scores_kept: ClassVar[bool] = True

@@ -1,16 +1,17 @@
 """Plots, drawn by matplotlib if it is installed."""
 
 import collections
+import functools
 import importlib.util
 import io
 import pathlib
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, ParamSpec
 
 import numpy as np
 
 from gemfilter_jax import files
-from gemfilter_jax.errors import UserError
+from gemfilter_jax.errors import UserError, printable
 from gemfilter_jax.evals import result_file, summary
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
     from gemfilter_jax.evals.calibration import LayerRecall
     from gemfilter_jax.evals.result_file import ResultFile
+
+_Arguments = ParamSpec("_Arguments")
 
 _PANELS_A_ROW = 4
 _OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999", "#F0E442")
@@ -28,6 +31,19 @@ def check_installed() -> None:
     """Raise a `UserError` if matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("plots need matplotlib; install it with pip install matplotlib, or ask for none")
+
+
+def _texts_as_they_are(draw: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
+    """Let a function draw dollar signs, where matplotlib would set a formula."""
+
+    @functools.wraps(draw)
+    def drawing(*args: _Arguments.args, **options: _Arguments.kwargs) -> None:
+        import matplotlib
+
+        with matplotlib.rc_context({"text.parse_math": False}):
+            draw(*args, **options)
+
+    return drawing
 
 
 def recall(judged: "Sequence[LayerRecall]", target: float, path: str) -> None:
@@ -51,10 +67,11 @@ def recall(judged: "Sequence[LayerRecall]", target: float, path: str) -> None:
     _write(figure, path)
 
 
+@_texts_as_they_are
 def heat_maps(results: "ResultFile", score: str, path: str) -> None:
     """Plot the mean score by length and part of the task, one panel for each method and budget, its mean in the title.
 
-    Colours are those of cividis, which people with any form of colour vision tell apart.
+    Colours are those of viridis, which people with any form of colour vision tell apart; hatched cells have no answer.
     """
     from matplotlib.figure import Figure
 
@@ -68,6 +85,7 @@ def heat_maps(results: "ResultFile", score: str, path: str) -> None:
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     places = _places(contestants, columns) if budgets > 1 else range(len(contestants))
+    unanswered = False
     for index, contestant in zip(places, contestants, strict=True):
         own = [line for line in results.lines if line.contestant == contestant and score in line.scores]
         grid = np.full((len(parts), len(lengths)), np.nan)
@@ -77,27 +95,31 @@ def heat_maps(results: "ResultFile", score: str, path: str) -> None:
                 if cell:
                     grid[row, column] = sum(cell) / len(cell)
         axes = panels[index // columns][index % columns]
-        axes.set_facecolor("0.85")
-        axes.imshow(grid, vmin=0, vmax=1, cmap="cividis", aspect="auto")
+        axes.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto", zorder=1)
+        if np.isnan(grid).any():
+            unanswered = True
+            axes.patch.set(facecolor="white", edgecolor="0.5", hatch="////")
         average = f"{sum(line.scores[score] for line in own) / len(own):.3f}" if own else "none"
         axes.set_title(f"{result_file.label(*contestant)}: {average}", fontsize=10)
         axes.set_xticks(range(len(lengths)), ["own" if one is None else f"{one:,}" for one in lengths], rotation=45)
-        axes.set_yticks(range(len(parts)), [part or "all" for part in parts])
+        axes.set_yticks(range(len(parts)), [printable(part) or "all" for part in parts])
     for index, axes in enumerate(panels.flat):
         if index not in places:
             axes.set_axis_off()
             panels.flat[index - columns].tick_params(labelbottom=True)
     figure.colorbar(panels[0][0].images[0], ax=panels, label=score.replace("_", " "), shrink=0.8)
-    figure.suptitle(f"{_title(results)}\n(grey: no answer)", fontsize=11)
+    figure.suptitle(_title(results) + "\n(hatched: no answer)" * unanswered, fontsize=11)
     figure.supxlabel("text tokens", fontsize=10)
-    figure.supylabel("depth, or part of the task", fontsize=10)
+    figure.supylabel(results.heading["parts"], fontsize=10)
     _write(figure, path)
 
 
+@_texts_as_they_are
 def by_budget(results: "ResultFile", score: str, path: str) -> None:
     """Plot the mean score with its 95 % interval by budget, a line for each method and a panel for each length.
 
-    Methods without a budget are horizontal lines. Colours are Okabe and Ito's; markers differ as well.
+    Methods without a budget in tokens are horizontal lines, without an interval. Colours are Okabe and Ito's; markers
+    differ as well.
     """
     from matplotlib.figure import Figure
 
@@ -115,21 +137,25 @@ def by_budget(results: "ResultFile", score: str, path: str) -> None:
             counted = sorted(of_budgets, key=lambda pair: pair[0])
             if counted:
                 means = [one.scores[score] for _, one in counted]
-                places = [place + 0.06 * (index - len(names) / 2) for place, _ in counted]
-                errors = [[one.value - one.low for one in means], [one.high - one.value for one in means]]
+                places = [place + 0.06 * (index - (len(names) - 1) / 2) for place, _ in counted]
+                bounds = [one.interval or (one.value, one.value) for one in means]
+                values = [one.value for one in means]
+                errors = np.abs(np.transpose(bounds) - values)
                 marker = _MARKERS[index % len(_MARKERS)]
-                axes.errorbar(places, [one.value for one in means], errors, marker=marker, capsize=2, **style)
+                axes.errorbar(places, values, errors, marker=marker, capsize=2, **style)
             for one in own:
                 if not isinstance(one.keep, int):
                     axes.axhline(one.scores[score].value, linestyle="--", **style)
         axes.set_title("own lengths" if length is None else f"{length:,} tokens", fontsize=10)
         axes.set_xticks(range(len(budgets)), [f"{one:,}" for one in budgets])
-        axes.set(xlabel="tokens kept", ylim=(-0.03, 1.03))
+        axes.set(xlabel="tokens kept", xlim=(-0.5, len(budgets) - 0.5), ylim=(-0.03, 1.03))
         axes.grid(alpha=0.3)
     panels[0].set_ylabel(score.replace("_", " "))
     shown = {name: handle for axes in panels for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(shown.values(), shown.keys(), loc="outside right center", fontsize=9)
-    figure.suptitle(f"{_title(results)}\n(95 % intervals)", fontsize=11)
+    examples = sorted({one.scores[score].count for one in made})
+    counts = " to ".join(str(count) for count in dict.fromkeys((examples[0], examples[-1])))
+    figure.suptitle(f"{_title(results)}\n({counts} examples, 95 % intervals)", fontsize=11)
     _write(figure, path)
 
 
@@ -146,7 +172,7 @@ def _places(contestants: "Sequence[tuple[str, int | str]]", columns: int) -> lis
 
 
 def _title(results: "ResultFile") -> str:
-    return f"{results.heading['title']}\n{results.heading['model']}"
+    return "\n".join(printable(results.heading[name]) for name in ("title", "model"))
 
 
 def _write(figure: "Figure", path: str) -> None:

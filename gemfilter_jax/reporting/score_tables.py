@@ -3,11 +3,12 @@
 import contextlib
 import dataclasses
 import itertools
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from gemfilter_jax.errors import UserError
+from gemfilter_jax.errors import UserError, printable
 from gemfilter_jax.evals import result_file, summary
 from gemfilter_jax.reporting import terminal
 
@@ -34,7 +35,7 @@ def _columns(results: "ResultFile", *, by_group: bool) -> tuple[list[str], list[
     scores = list(dict.fromkeys(name for line in results.lines for name in line.scores))
     errors, reading = any(one.errors for one in made), any(one.reading is not None for one in made)
     headings = ["method", "keep", "text tokens"]
-    headings += ["part"] * by_group + ["examples"] + ["unanswered"] * errors
+    headings += [results.heading["parts"]] * by_group + ["examples"] + ["unanswered"] * errors
     headings += [f"{_spelled(name)} (95 %)" for name in scores] + ["seconds"] + ["reading"] * reading
     rows = []
     for _, same in itertools.groupby(made, key=lambda one: (one.method, one.keep, one.length)):
@@ -47,7 +48,8 @@ def _columns(results: "ResultFile", *, by_group: bool) -> tuple[list[str], list[
 
 def _average(parts: "list[Summary]", scores: Sequence[str], *, errors: bool, reading: bool) -> list[str]:
     """Cells for the average of the parts of a task, each of which counts alike; "-" if a part has no answer."""
-    cells = [*_cells(parts[0], [], by_group=False, errors=False, reading=False)[:3], _AVERAGE]
+    tokens = sum(one.tokens * one.examples for one in parts) / sum(one.examples for one in parts)
+    cells = [*_identified(dataclasses.replace(parts[0], tokens=tokens)), _AVERAGE]
     cells += [str(sum(one.examples for one in parts))] + [str(sum(one.errors for one in parts))] * errors
     for name in scores:
         values = [one.scores[name].value for one in parts if name in one.scores]
@@ -56,10 +58,7 @@ def _average(parts: "list[Summary]", scores: Sequence[str], *, errors: bool, rea
 
 
 def _cells(one: "Summary", scores: Sequence[str], *, by_group: bool, errors: bool, reading: bool) -> list[str]:
-    keep = f"{one.keep:,}" if isinstance(one.keep, int) else one.keep
-    tokens = f"{one.length:,}" if one.length is not None else f"about {round(one.tokens):,}"
-    cells = [one.method, keep, tokens]
-    cells += [one.group or "-"] * by_group + [str(one.examples)] + [str(one.errors)] * errors
+    cells = [*_identified(one), *[one.group or "-"] * by_group, str(one.examples), *[str(one.errors)] * errors]
     for name in scores:
         value = one.scores.get(name)
         cells.append("-" if value is None else _mean(value, one))
@@ -67,9 +66,15 @@ def _cells(one: "Summary", scores: Sequence[str], *, by_group: bool, errors: boo
     return [*cells, *("-" if seconds is None else f"{seconds:.1f}" for seconds in timed)]
 
 
+def _identified(one: "Summary") -> list[str]:
+    """Cells for method, budget and length."""
+    keep = f"{one.keep:,}" if isinstance(one.keep, int) else one.keep
+    return [one.method, keep, f"{one.length:,}" if one.length is not None else f"about {round(one.tokens):,}"]
+
+
 def _mean(value: summary.Mean, one: "Summary") -> str:
-    """A mean, with its count if not all answered examples have the score."""
-    return f"{value}" if value.count == one.examples - one.errors else f"{value} of {value.count}"
+    """A mean, with its count if not all examples have the score."""
+    return f"{value}" if value.count == one.examples else f"{value} of {value.count}"
 
 
 def _spelled(score: str) -> str:
@@ -79,6 +84,16 @@ def _spelled(score: str) -> str:
 def title(results: "ResultFile") -> str:
     """Task and model."""
     return f"{results.heading['title']}, {results.heading['model']}"
+
+
+def remarks(results: "ResultFile") -> list[str]:
+    """What a reader of the table must know: what the files lack, and why examples have no answer."""
+    reasons: dict[str, list[str]] = {}
+    for line in results.lines:
+        if line.error is not None:
+            reasons.setdefault(line.label, []).append(line.error)
+    unanswered = [f"{label}: {len(own)} unanswered; the first: {own[0]}" for label, own in reasons.items()]
+    return [printable(one) for one in (*results.missing, *unanswered)]
 
 
 def rich_table(results: "ResultFile", *, by_group: bool = False) -> "Table":
@@ -130,26 +145,41 @@ def _compared_columns(compared: Compared) -> tuple[list[str], list[list[str]]]:
 
 def rich_comparison(compared: Compared, baseline: str, score: str) -> "Table":
     """The comparisons for a terminal."""
-    return terminal.table(f"{_spelled(score)}, compared with {baseline}", *_compared_columns(compared))
+    return terminal.table(compared_title(score, baseline), *_compared_columns(compared))
 
 
-def markdown(results: "ResultFile", compared: Compared | None = None, *, by_group: bool = False) -> str:
-    """The tables in Markdown."""
-    made = [_markdown(*_columns(results, by_group=by_group))]
+def compared_title(score: str, baseline: str) -> str:
+    """Which scores a table of comparisons is about."""
+    return f"{_spelled(score)}, compared with {baseline}"
+
+
+def markdown(
+    results: "ResultFile", compared: Compared | None = None, comparison: str = "", *, by_group: bool = False
+) -> str:
+    """The tables in Markdown, with captions; `comparison` is that of `compared`."""
+    made = [_in_markdown(title(results)), _markdown(*_columns(results, by_group=by_group))]
     if compared:
-        made.append(_markdown(*_compared_columns(compared)))
+        made += [_in_markdown(comparison), _markdown(*_compared_columns(compared))]
+    if told := remarks(results):
+        made.append("\n".join(f"- {_in_markdown(one)}" for one in told))
     return "\n\n".join(made)
 
 
 def _markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(map(_in_markdown, line))} |" for line in lines)
+
+
+def _in_markdown(text: str) -> str:
+    """Text as text: nothing in it is markup."""
+    return re.sub(r"[\\`*|\[\]]|<(?=[A-Za-z/!?])", r"\\\g<0>", printable(text))
 
 
 def as_json(results: "ResultFile", compared: Compared | None = None, *, by_group: bool = False) -> dict[str, Any]:
     """The tables as JSON values, numbers not rounded."""
     made: dict[str, Any] = {
         "run": dict(results.heading),
+        "remarks": remarks(results),
         "rows": [dataclasses.asdict(one) for one in summary.summarise(results.lines, by_group=by_group)],
     }
     if compared is not None:
@@ -193,7 +223,8 @@ def running(console: "Console", lines: Sequence["Line"], total: int, score: str)
             if not console.is_terminal and now - told >= _SECONDS_BETWEEN:
                 told = now
                 minutes = (now - start) / done * (total - finished) / 60
-                remark = f"{finished} of {total}, {minutes:.0f} minutes left; {_spelled(score)}: {scores()}"
+                left_over = f"{minutes:.0f} minutes left" if minutes >= 1.5 else "about a minute left or less"
+                remark = f"{finished} of {total}, {left_over}; {_spelled(score)}: {scores()}"
                 console.print(remark, markup=False, highlight=False, soft_wrap=True)
 
         yield report

@@ -20,6 +20,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from gemfilter_jax.errors import printable
+
 if TYPE_CHECKING:  # so that a command reports mistakes before it imports JAX
     from gemfilter_jax.checkpoints.weights import BytesRead
     from gemfilter_jax.methods.base import Progress as TokensRead
@@ -58,11 +60,11 @@ def closing_lines(kept: "KeptText", layers: str, timings: Mapping[str, float]) -
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """A table whose first column is text and whose others are numbers."""
-    made = Table(title=Text(title), title_justify="left")
+    made = Table(title=Text(printable(title)), title_justify="left")
     for index, column in enumerate(columns):
-        made.add_column(Text(column), justify="left" if index == 0 else "right")
+        made.add_column(Text(printable(column)), justify="left" if index == 0 else "right")
     for row in rows:
-        made.add_row(*map(Text, row))
+        made.add_row(*(Text(printable(cell)) for cell in row))
     return made
 
 

@@ -58,6 +58,15 @@ def test_depths_are_even_and_reach_both_ends(tokenizer, count, depths):
         assert "\n\n" not in hay[place : max(0, int(depth * len(hay)) - 2)]
 
 
+@pytest.mark.parametrize("paper", [False, True])
+def test_a_place_is_asked_for_once(tokenizer, paper):
+    """101 depths of a short text are fewer places, which must not count as so many examples."""
+    made = list(Needles(depth_count=101, paper=paper).examples(tokenizer, 300))
+    assert 4 < len(made) < (1 if paper else 4) * 101
+    assert len({(one.text, one.question) for one in made}) == len(made)
+    assert made[0].name.endswith("at 0.0")
+
+
 def test_the_papers_needle(tokenizer):
     task = Needles(paper=True)
     examples = list(task.examples(tokenizer, TOKENS))

@@ -80,7 +80,8 @@ def test_groups_and_places(tokenizer):
     ],
 )
 def test_occurrences_are_whole_words_whatever_their_punctuation(text, reference, found):
-    assert [text[start:end] for start, end in real_questions.occurrences(reference, text)] == found
+    wanted = real_questions._Letters.of(reference).text
+    assert [text[start:end] for start, end in real_questions._Letters.of(text).find(wanted)] == found
 
 
 @pytest.mark.parametrize(("times", "group"), [(0, "other"), (1, "verbatim"), (5, "verbatim"), (6, "other")])
@@ -145,6 +146,16 @@ def test_scores_of_what_was_kept(tokenizer):
     alone = by_name(RealQuestions(FILE), tokenizer)
     assert task.score_kept(alone["1.1"], kept(alone["1.1"].text, alone["1.1"].spans[0])) == {"kept": 1.0}
     assert task.score_kept(alone["1.3"], kept(alone["1.3"].text, (0, 50))) == {}
+
+
+def test_a_word_that_a_passage_cuts_is_no_reference(tokenizer, written):
+    """ "1875", cut in its middle, is not the answer "18"."""
+    text = "The mill burned in 1875. It had 18 wheels."
+    (example,) = RealQuestions(written(document(text, ("How many?", "18")))).examples(tokenizer, 0)
+    task, year, answer = RealQuestions(written(document(text, ("How many?", "18")))), text.index("75"), example.spans[0]
+    assert text[slice(*answer)] == "18"
+    assert task.score_kept(example, kept(text, (0, year))) == {"kept": 0.0}
+    assert task.score_kept(example, kept(text, (0, year), answer)) == {"kept": 1.0}
 
 
 def test_a_reference_in_another_document_is_not_kept(tokenizer, written):

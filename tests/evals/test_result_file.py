@@ -23,6 +23,9 @@ from gemfilter_jax.methods.full import Full
 HEADING = {
     "command": "evaluate",
     "task": "needles",
+    "parts": "depth",
+    "lengths": [100],
+    "trials": 3,
     "title": "Needles",
     "main_score": "right",
     "options": {"seed": 0},
@@ -61,11 +64,24 @@ def write(path, heading=HEADING, lines=LINES):
 def test_a_line_says_what_was_asked_and_answered(path):
     text = write(path).read_text().splitlines()[1]
     assert json.loads(text) == {
-        "length": 100, "number": 0, "method": "full", "keep": "all", "name": "n0", "group": "50 %", "depth": 0.5,
+        "length": 100, "number": 0, "method": "full", "keep": "all", "name": "n0",
+        "digest": TRIALS[0].example.digest, "group": "50 %", "depth": 0.5,
         "tokens": 98, "question": "Where is 0?", "expected": ["a"], "answer": "an answer\n",
         "scores": {"right": 0.333333}, "prompt_tokens": 120, "seconds": {"prefill": 0.123}, "error": None,
     }  # fmt: skip
     assert result_file.read([path]) == result_file.ResultFile(HEADING, tuple(LINES))
+
+
+def test_a_digest_is_of_the_whole_example():
+    """Of equal examples it is equal in every process, so that runs of different days can be compared."""
+    example = TRIALS[0].example
+    assert example.digest == dataclasses.replace(example).digest == "f469b74bba2596bb"
+    changes = {
+        "text": "012345678X", "question": "Where?", "references": ("b",), "spans": ((5, 7),), "message_format": "{}",
+        "plain": True, "name": "n", "group": "g", "tokens": 97,
+    }  # fmt: skip
+    others = {dataclasses.replace(example, **{name: value}).digest for name, value in changes.items()}
+    assert len(others | {example.digest}) == len(changes) + 1
 
 
 def test_a_run_goes_on_and_a_torn_line_is_cut_off(path):
@@ -90,9 +106,25 @@ def test_a_torn_heading_is_written_anew(path, left):
         (HEADING | {"task": "ruler"}, LINES, 'its task is "ruler", now it is "needles"'),
         (HEADING | {"shard": "1/2"}, LINES, 'its shard is "1/2", now it is null'),
         (HEADING | {"more": 1}, LINES, "its more is 1, now it is null"),
+        (
+            HEADING | {"methods": [*HEADING["methods"], {"method": "bm25", "keep": 64, "options": {}}]},
+            LINES,
+            "its methods are full, bm25@64, now they are full; give a new file, which gemfilter compare takes beside",
+        ),
+        (
+            HEADING | {"methods": [{"method": "full", "keep": "all", "options": {"seed": 1}}]},
+            LINES,
+            r"its methods is \[.*\"seed\": 1.*, now it is",
+        ),
         (HEADING, LINES[1:], "line 2 is of another run"),
+        (HEADING, [dataclasses.replace(LINES[0], number=1)], "line 2 is of another run"),
+        (HEADING, [dataclasses.replace(LINES[0], length=99)], "line 2 is of another run"),
         (HEADING, [dataclasses.replace(LINES[0], method="bm25")], "line 2 is of another run"),
-        (HEADING, [dataclasses.replace(LINES[0], question="Who?")], "line 2 is of another run"),
+        (
+            HEADING,
+            [dataclasses.replace(LINES[0], digest="")],
+            "line 2 is of another run, or of texts that have changed",
+        ),
         (HEADING, [*LINES, LINES[0]], "has 4 results, the run has 3"),
     ],
 )
@@ -120,7 +152,11 @@ def test_a_file_of_somebody_else_is_left_alone(path, held):
         b"\xff\n",
         *(
             json.dumps(dataclasses.asdict(LINES[0]) | changes).encode() + b"\n"
-            for changes in ({"length": [1]}, {"expected": None}, {"scores": {"right": "x"}}, {"more": 1})
+            for changes in (
+                *({"length": [1]}, {"expected": None}, {"scores": {"right": "x"}}, {"more": 1}),
+                *({"scores": {"right": float("nan")}}, {"scores": {"right": 10**400}}, {"scores": {"right": -0.5}}),
+                *({"seconds": {"filter": float("inf")}}, {"seconds": {"filter": -1}}, {"error": "and scores"}),
+            )
         ),
     ],
 )
@@ -142,22 +178,63 @@ def test_a_file_that_cannot_be_written_is_told(tmp_path):
 
 def test_files_of_one_task_are_taken_together(tmp_path):
     first, second = tmp_path / "1.jsonl", tmp_path / "2.jsonl"
-    write(first, HEADING | {"shard": "1/2"}, LINES[:1])
-    write(second, HEADING | {"shard": "2/2", "environment": {}}, LINES[1:])
-    assert result_file.read([first, second]).lines == tuple(LINES)
+    write(first, HEADING | {"shard": "1/2", "trials": 1}, LINES[:1])
+    write(second, HEADING | {"shard": "2/2", "environment": {}, "trials": 2, "lengths": [100, 200]}, LINES[1:])
+    together = result_file.read([first, second])
+    assert together.lines == tuple(LINES)
+    assert together.missing == ()
+    assert together.heading == HEADING | {"shard": "1/2, 2/2", "trials": 3, "lengths": [100, 200]}
     with pytest.raises(UserError, match=r"1\.jsonl: line 2 repeats a result of full for 'n0'"):
         result_file.read([first, first])
-    other = write(tmp_path / "3.jsonl", HEADING | {"options": {"seed": 1}}, LINES[1:])
-    with pytest.raises(UserError, match=r"3\.jsonl: its options is \{'seed': 1\}, that of the first file"):
+    again = write(tmp_path / "3.jsonl", HEADING, [dataclasses.replace(LINES[0], answer="another")])
+    with pytest.raises(UserError, match=r"3\.jsonl: line 2 repeats a result of full for 'n0'"):
+        result_file.read([first, again])
+    of_another_text = [dataclasses.replace(LINES[0], digest="0", method="bm25")]
+    other = write(tmp_path / "4.jsonl", HEADING, of_another_text)
+    with pytest.raises(UserError, match=r"4\.jsonl: line 2: 'n0' is another example than the one in its place"):
         result_file.read([first, other])
-    methods = [{"method": "full", "keep": "all", "options": {"filter_layer": 7}}]
-    other = write(tmp_path / "4.jsonl", HEADING | {"methods": methods}, LINES[1:])
-    with pytest.raises(UserError, match=r"4\.jsonl: its options of full are \{'filter_layer': 7\}, those of the files"):
-        result_file.read([first, other])
-    asked_otherwise = [dataclasses.replace(LINES[0], question="Who?", method="bm25")]
-    other = write(tmp_path / "5.jsonl", HEADING, asked_otherwise)
-    with pytest.raises(UserError, match=r"5\.jsonl: line 2 asks something else"):
-        result_file.read([first, other])
+
+
+@pytest.mark.parametrize("name", ["task", "model", "dtype", "weights", "chat_template", "message_format"])
+def test_files_of_other_tasks_and_models_are_not_taken_together(name, tmp_path):
+    first = write(tmp_path / "1.jsonl", lines=LINES[:1])
+    other = not HEADING[name] if name == "chat_template" else "other"
+    second = write(tmp_path / "2.jsonl", HEADING | {name: other}, LINES[1:])
+    with pytest.raises(UserError, match=rf"2\.jsonl: its {name} is {other!r}, that of the first file"):
+        result_file.read([first, second])
+
+
+def test_a_method_has_the_same_options_in_all_files(tmp_path):
+    """But for its budget: curves over budgets are of one method."""
+
+    def written(keep, **options):
+        method = {"method": "default", "keep": keep, "options": {"keep": keep, "share": None, **options}}
+        lines = [dataclasses.replace(LINES[0], method="default", keep=keep)]
+        return write(tmp_path / f"{keep}.jsonl", HEADING | {"methods": [method]}, lines)
+
+    files = [written(100, filter_layer=1), written("auto", filter_layer=1, share=0.3)]
+    assert [one["keep"] for one in result_file.read(files).heading["methods"]] == [100, "auto"]
+    with pytest.raises(UserError, match=r"120\.jsonl: its options of default are \{'filter_layer': 2\}, those of the"):
+        result_file.read([*files, written(120, filter_layer=2)])
+
+
+def test_what_files_lack_is_told(tmp_path):
+    torn, shard = tmp_path / "1.jsonl", tmp_path / "2.jsonl"
+    write(torn, lines=LINES[:2])
+    write(shard, HEADING | {"shard": "2/3", "trials": 1}, LINES[2:])
+    assert result_file.read([torn, shard]).missing == (
+        f"{torn} is not finished: it has 2 of 3 results",
+        "of 3 shards only 2 is here",
+    )
+
+
+def test_a_file_is_written_by_one_run_at_a_time(path):
+    with result_file.locked(path):
+        with pytest.raises(UserError, match="another run is writing it"), result_file.locked(path):
+            pass
+        write(path)
+    with result_file.locked(path):
+        assert result_file.resume(path, HEADING, TRIALS).lines == tuple(LINES)
 
 
 def test_lines_are_sorted_by_length_method_and_number(tmp_path):
@@ -168,7 +245,16 @@ def test_lines_are_sorted_by_length_method_and_number(tmp_path):
     assert result_file.read([first, second]).lines == (LINES[0], LINES[2], bm25[0], bm25[1], longer[0], longer[2])
 
 
-@pytest.mark.parametrize(("held", "words"), [(b"{}\n", "line 1 has no 'task'"), (b"", "line 1 is not JSON")])
+@pytest.mark.parametrize(
+    ("held", "words"),
+    [
+        (b"{}\n", "line 1 lacks a sound 'task'"),
+        (b"", "line 1 is not JSON"),
+        (json.dumps(HEADING | {"methods": [3]}).encode() + b"\n", "line 1 lacks a sound 'methods'"),
+        (json.dumps(HEADING | {"trials": "3"}).encode() + b"\n", "line 1 lacks a sound 'trials'"),
+        (json.dumps(HEADING | {"model": "\ud800"}).encode() + b"\n", "line 1 has half of a surrogate pair"),
+    ],
+)
 def test_a_file_of_something_else_is_refused(path, held, words):
     path.write_bytes(held)
     with pytest.raises(UserError, match=words):

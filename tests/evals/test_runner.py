@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 from typing import ClassVar
 
+import jax
 import pytest
 
 from gemfilter_jax.errors import UserError
@@ -58,11 +59,12 @@ class Model:
     chat_template: bool = True
     asked: list = dataclasses.field(default_factory=list, compare=False)
     refused: type | None = None
+    error: Exception | None = None
 
     def _result(self, text, method, *noted) -> Result:
         self.asked.append((*noted, getattr(method, "keep", None)))
         if type(method) is self.refused:
-            raise UserError("too long")
+            raise self.error or UserError("too long")
         kept = KeptText(text, 7, (0,), self.spans)
         return Result(self.answer, (), "stop", kept, {"decode": 1.0})
 
@@ -148,6 +150,8 @@ def test_shards_share_the_texts_out():
     whole = runner.trials(Contains(), None, [100, 200, 300], [ALL, SMALL])
     shards = [runner.trials(Contains(), None, [100, 200, 300], [ALL, SMALL], shard=(index, 4)) for index in range(4)]
     assert [len(shard) for shard in shards] == [4 + 4, 2 + 2, 4, 2]
+    with pytest.raises(UserError, match="shard 7/7 is empty: the run has 6 texts"):
+        runner.trials(Contains(), None, [100, 200, 300], [ALL], shard=(6, 7))
     assert sorted(map(str, whole)) == sorted(map(str, itertools.chain(*shards)))
 
 
@@ -198,3 +202,16 @@ def test_an_example_brings_its_message_format():
     run(model, Contains((KEYS, formatted)), ALL)
     assert seen == [("own", True), ("{text}{question}", False)]
     assert [noted[0] for noted in model.asked] == ["generate", "generate"]
+    plain = dataclasses.replace(LAMP, plain=True)
+    model = Model()
+    run(model, Contains((KEYS, plain)), ALL)
+    assert [noted[0] for noted in model.asked] == ["generate", "generate"]
+
+
+def test_too_little_memory_is_an_outcome_and_other_failures_of_the_device_are_not():
+    full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory allocating 1 byte")
+    (outcome,) = run(Model(refused=Full, error=full), Contains((ALONE,)), ALL)
+    assert outcome == Outcome(error="the device's memory is too small")
+    lost = jax.errors.JaxRuntimeError("INTERNAL: device lost")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="device lost"):
+        run(Model(refused=Full, error=lost), Contains((ALONE,)), ALL)

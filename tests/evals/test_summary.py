@@ -33,28 +33,41 @@ def test_wilson_of_no_proportion(successes, trials):
 
 
 def test_a_mean_of_rights_and_wrongs_has_wilsons_interval():
-    made = summary.mean([1.0] * 81 + [0.0] * 182)
+    made = summary.mean([1.0] * 81 + [0.0] * 182, binary=True)
     assert made.count == 263
-    assert (made.value, made.low, made.high) == pytest.approx((81 / 263, 0.2553, 0.3662), abs=5e-5)
+    assert (made.value, *made.interval) == pytest.approx((81 / 263, 0.2553, 0.3662), abs=5e-5)
     assert str(made) == "0.31 (.26-.37)"
 
 
 def test_a_mean_of_other_scores_has_a_bootstrap_interval():
     """It is near the normal one, within what 9,999 resamples leave open: some thousandths."""
     values = np.linspace(0.2, 0.8, 200)
-    made = summary.mean(values.tolist())
+    made = summary.mean(values.tolist(), binary=False)
     half = 1.96 * values.std() / np.sqrt(len(values))
-    assert (made.value, made.low, made.high) == pytest.approx((0.5, 0.5 - half, 0.5 + half), abs=0.003)
-    assert made == summary.mean(values.tolist())
-    alike = summary.mean([11 / 12] * 7)
-    assert alike.low <= alike.value <= alike.high
-    assert alike.high - alike.low < 1e-12
+    assert (made.value, *made.interval) == pytest.approx((0.5, 0.5 - half, 0.5 + half), abs=0.003)
+    assert made == summary.mean(values.tolist(), binary=False)
+    low, high = summary.mean([11 / 12] * 7, binary=False).interval
+    assert low <= 11 / 12 <= high
+    assert high - low < 1e-12
+
+
+def test_few_values_of_a_score_between_0_and_1_have_no_interval():
+    """Whichever these are: that a method was always right must not give it another interval than the others'."""
+    for values in ([0.5], [1.0] * 4):
+        assert summary.mean(values, binary=False).interval is None
+    assert str(summary.mean([0.5, 1.0], binary=False)) == "0.75"
+    low, high = summary.mean([1.0, 1.0, 1.0, 1.0, 0.5], binary=False).interval
+    assert low < 0.9 < high
+    right = [line(number, scores={"right": 1.0}) for number in range(3)]
+    part = [line(number, "bm25", scores={"right": 0.5}) for number in range(3)]
+    assert summary.summarise(right)[0].scores["right"].interval is not None
+    assert summary.summarise(right + part)[0].scores["right"].interval is None
 
 
 def line(number=0, method="default", keep=512, length=100, **changes) -> Line:
     made = Line(
-        length=length, number=number, method=method, keep=keep, name="", group="", depth=None, tokens=90, question="?",
-        expected=(), answer="", scores={}, prompt_tokens=1, seconds={},
+        length=length, number=number, method=method, keep=keep, name="", digest="", group="", depth=None, tokens=90,
+        question="?", expected=(), answer="", scores={}, prompt_tokens=1, seconds={},
     )  # fmt: skip
     return dataclasses.replace(made, **changes)
 
@@ -78,6 +91,16 @@ def test_summaries_are_by_method_budget_and_length():
     assert (third.length, third.examples) == (200, 1)
     grouped = summary.summarise(LINES, by_group=True)
     assert [(one.group, one.examples) for one in grouped[:2]] == [("a", 2), ("b", 1)]
+
+
+def test_a_reading_counts_for_every_budget_that_it_serves():
+    """Its median, as that of seconds; lengths are means."""
+    reading = [line(number, keep=256, seconds={"read": float(4**number)}, tokens=90 + 9**number) for number in range(3)]
+    others = [line(number, seconds={"decode": 1.0}) for number in range(3)]
+    apart = line(0, "paper", seconds={"filter": 1.0})
+    made = summary.summarise([*reading, *others, apart])
+    assert [(one.keep, one.reading) for one in made] == [(256, 4.0), (512, 4.0), (512, None)]
+    assert made[0].tokens == 90 + (1 + 9 + 81) / 3
 
 
 def test_nothing_but_errors_has_no_scores():
@@ -111,6 +134,8 @@ def test_other_scores_are_compared_by_exchanging_them():
     exchanged = np.array(list(itertools.product([-1, 1], repeat=12))) @ differences
     exact = (np.abs(exchanged) >= abs(differences.sum()) - 1e-9).mean()
     assert 0.02 < exact < 0.5
+    far = scores([1.0, 0.75] * 10)
+    assert summary.compare(far, scores([0.0] * 20)).p == 1 / 10_000  # never 0: the given signs are one exchange
     assert made.p == pytest.approx(exact, abs=4 * np.sqrt(exact * (1 - exact) / 9_999) + 1e-4)
     assert (made.better, made.worse) == ((differences > 0).sum(), (differences < 0).sum())
 

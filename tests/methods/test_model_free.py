@@ -16,6 +16,7 @@ from gemfilter_jax.timing import Stopwatch
 
 PASSAGES = ["The cat sat on the mat.", "A dog, a cat and a 7.", "Nothing of it here.", "Room 7, room 7: the DOG!", ""]
 QUESTION = "the dog in room 7"
+TWICE = "the room, the dog, the dog"
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def by_definition(passages: list[str], question: str) -> list[float]:
     scores = []
     for own in words:
         counts, score = collections.Counter(own), 0.0
-        for word in question.split():
+        for word in question.replace(",", "").split():
             having = sum(word in other for other in words)
             rarity = math.log(1 + (len(words) - having + 0.5) / (having + 0.5))
             score += rarity * counts[word] / (counts[word] + 1.5 * (0.25 + 0.75 * len(own) / mean))
@@ -38,10 +39,11 @@ def by_definition(passages: list[str], question: str) -> list[float]:
     return scores
 
 
-def test_bm25():
-    prompt = dataclasses.replace(tiny.prompt_of(tiny.random_ids(9)), question=QUESTION)
-    scores, expected = BM25().scores(prompt, PASSAGES), by_definition(PASSAGES, QUESTION)
-    assert int(np.argmax(scores)) == 3
+@pytest.mark.parametrize("question", [QUESTION, TWICE], ids=["words", "words said twice"])
+def test_bm25(question):
+    prompt = dataclasses.replace(tiny.prompt_of(tiny.random_ids(9)), question=question)
+    scores, expected = BM25().scores(prompt, PASSAGES), by_definition(PASSAGES, question)
+    assert int(np.argmax(scores)) == int(np.argmax(expected)) == 3
     np.testing.assert_allclose(np.divide(scores, scores[3]), np.divide(expected, expected[3]), rtol=1e-5)
 
 

@@ -11,16 +11,17 @@ from gemfilter_jax.errors import UserError
 from gemfilter_jax.evals.result_file import Line, ResultFile
 from gemfilter_jax.reporting import plots, score_tables
 
-HEADING = {"title": "Hidden facts", "model": "m", "main_score": "right"}
+HEADING = {"title": "Hidden facts", "parts": "depth", "model": "m", "main_score": "right"}
 DEPTHS = ("0 %", "100 %")
 
 
 def line(method, keep, length, number, right, **changes) -> Line:
     scores = {} if right is None else {"right": right, "kept": 1.0}
     fields = {
-        "length": length, "number": number, "method": method, "keep": keep, "name": "n", "group": DEPTHS[number % 2],
-        "depth": 0.5, "tokens": 98, "question": "?", "expected": (), "answer": "", "scores": scores,
-        "prompt_tokens": 1, "seconds": {"filter": 1.5}, "error": "too long" if right is None else None,
+        "length": length, "number": number, "method": method, "keep": keep, "name": "n", "digest": "",
+        "group": DEPTHS[number % 2], "depth": 0.5, "tokens": 98, "question": "?", "expected": (), "answer": "",
+        "scores": scores, "prompt_tokens": 1, "seconds": {"filter": 1.5},
+        "error": "too long" if right is None else None,
     }  # fmt: skip
     return Line(**fields | changes)
 
@@ -42,7 +43,8 @@ RESULTS = ResultFile(
 
 
 def cells(text: str) -> list[list[str]]:
-    return [[cell.strip() for cell in row.strip("|").split("|")] for row in text.splitlines()]
+    """Those of the first table."""
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in text.split("\n\n")[1].splitlines()]
 
 
 def test_markdown():
@@ -84,6 +86,23 @@ def test_a_score_that_some_examples_lack_is_told_with_its_count():
     assert row[4:6] == ["1.00 (.34-1.00)", "1.00 (.21-1.00) of 1"]
 
 
+def test_unanswered_examples_are_told_with_their_reason():
+    lines = (*RESULTS.lines[:1], line("full", "all", 1_000, 9, None, error="keep is 3\nor *so*"))
+    made = ResultFile(HEADING, lines, ("a.jsonl is not finished: it has 2 of 3 results",))
+    (row,) = cells(score_tables.markdown(made))[2:]
+    assert row[3:6] == ["2", "1", "1.00 (.21-1.00) of 1"]
+    assert score_tables.markdown(made).endswith(
+        "\n\n- a.jsonl is not finished: it has 2 of 3 results"
+        "\n- full: 1 unanswered; the first: keep is 3\\\\nor \\*so\\*"
+    )
+    assert score_tables.as_json(made)["remarks"] == score_tables.remarks(made)
+
+
+def test_an_average_needs_a_score_of_every_part():
+    lines = [line("full", "all", 1_000, number, right) for number, right in ((0, 1.0), (1, None))]
+    assert cells(score_tables.markdown(ResultFile(HEADING, tuple(lines)), by_group=True))[-1][6:8] == ["-", "-"][:2]
+
+
 @pytest.mark.parametrize(
     ("baseline", "pairs"),
     [
@@ -117,9 +136,30 @@ def test_what_files_say_is_no_markup():
     assert "[red]x" in console.export_text()
 
 
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("a|b", r"a\|b"),
+        ("a\nb", r"a\\nb"),
+        ("\x1b[31mred", r"\\x1b\[31mred"),
+        ("*a* `b` <i>", r"\*a\* \`b\` \<i>"),
+        ("first_last < 3", "first_last < 3"),
+    ],
+)
+def test_names_are_no_markup_in_markdown(name, shown):
+    results = ResultFile(HEADING, (line("full", "all", 1_000, 0, 1.0, group=name),))
+    made = score_tables.markdown(results, by_group=True)
+    assert f"| {shown} |" in made.splitlines()[4]
+    assert "\x1b" not in made
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(score_tables.rich_table(results, by_group=True))
+    assert "\x1b[31m" not in console.export_text()
+
+
 def test_json_has_the_numbers():
     made = json.loads(json.dumps(score_tables.as_json(RESULTS, score_tables.comparisons(RESULTS, "bm25", "right"))))
     assert made["run"] == HEADING
+    assert made["rows"][1]["scores"]["right"]["interval"] == pytest.approx([0.3006, 0.9544], abs=5e-5)
     assert made["rows"][1]["scores"]["right"]["value"] == 0.75
     assert made["compared"][0]["better"] == 2
 
@@ -133,8 +173,8 @@ def test_running_scores_are_lines_where_there_is_no_terminal(monkeypatch, capsys
             report(lines[-1])
     shown = capsys.readouterr().out.splitlines()
     assert shown == [
-        "5 of 6, 0 minutes left; right: full 0.75, default@512 1.00",
-        "6 of 6, 0 minutes left; right: full 0.75, default@512 0.50",
+        "5 of 6, about a minute left or less; right: full 0.75, default@512 1.00",
+        "6 of 6, about a minute left or less; right: full 0.75, default@512 0.50",
     ]
 
 
@@ -160,6 +200,26 @@ def test_heat_maps(figure, tmp_path):
     for below in panels[2:]:  # nothing is drawn under these
         assert [label.get_text() for label in below.get_xticklabels()] == ["1,000", "2,000"]
     assert [label.get_text() for label in panels[0].get_yticklabels()] == list(DEPTHS)
+    assert figure[0].get_supylabel() == "depth"
+    assert [bool(axes.patch.get_hatch()) for axes in panels] == [True, False, False, False]
+    assert "hatched: no answer" in figure[0].get_suptitle()
+
+
+def test_a_row_of_panels_for_each_method_and_means_of_examples(figure, tmp_path):
+    """The second method has one budget, and its examples are not spread evenly over the parts."""
+    shown = ResultFile(
+        HEADING | {"model": "cost$\\foo$"},
+        (
+            *(line("default", keep, 1_000, 0, 1.0) for keep in (128, 256)),
+            *(line("bm25", 128, 1_000, number, right) for number, right in ((0, 1.0), (2, 1.0), (4, 1.0), (1, 0.0))),
+        ),
+    )
+    plots.heat_maps(shown, "right", str(tmp_path / "map.png"))
+    default, wider, bm25 = (axes for axes in figure[0].axes if axes.images)
+    assert bm25.get_title() == "bm25@128: 0.750"
+    places = [axes.get_subplotspec() for axes in (default, wider, bm25)]
+    assert [(place.rowspan.start, place.colspan.start) for place in places] == [(0, 0), (0, 1), (1, 0)]
+    assert "cost$\\foo$" in figure[0].get_suptitle()
 
 
 def test_scores_by_budget(figure, tmp_path):
@@ -170,4 +230,9 @@ def test_scores_by_budget(figure, tmp_path):
     assert [label.get_text() for label in first.get_xticklabels()] == ["512", "1,024"]
     heights = {tuple(map(float, one.get_ydata())) for one in first.lines}
     assert {(0.75, 1.0), (0.25,), (0.75, 0.75)} <= heights
+    default, bm25 = first.containers
+    assert [float(one.get_xdata()[0]) for one in (default.lines[0], bm25.lines[0])] == pytest.approx([0, 0.06])
+    (bars,) = bm25.lines[2]
+    assert bars.get_segments()[0][:, 1] == pytest.approx([0.0456, 0.6994], abs=5e-5)  # Wilson's, of 1 in 4
+    assert "(4 examples, 95 % intervals)" in figure[0].get_suptitle()
     assert {text.get_text() for text in figure[0].legends[0].get_texts()} == {"full", "default", "bm25"}

@@ -101,6 +101,7 @@ class LongBench(Task):
 
     name: ClassVar[str] = "longbench"
     title: ClassVar[str] = "LongBench"
+    parts: ClassVar[str] = "dataset"
     main_score: ClassVar[str] = "score"
     sized: ClassVar[bool] = False
     scores_kept: ClassVar[bool] = False

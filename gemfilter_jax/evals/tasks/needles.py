@@ -88,6 +88,7 @@ class Needles(Task):
 
     name: ClassVar[str] = "needles"
     title: ClassVar[str] = "Needles in a haystack"
+    parts: ClassVar[str] = "depth"
     needles: tuple[Needle, ...] | None = None
     depths: tuple[float, ...] | None = None
     depth_count: int = option(
@@ -133,11 +134,16 @@ class Needles(Task):
         return tuple(round(100 * index / max(1, count - 1)) / 100 for index in range(count)) or DEPTHS
 
     def examples(self, tokenizer: "PreTrainedTokenizerBase", tokens: int) -> Iterator[Example]:
-        """One example for each needle and depth, in about `tokens` tokens of text; the needle comes on top."""
+        """One example for each needle and depth, in about `tokens` tokens of text; the needle comes on top.
+
+        In short texts several depths mean the same place, which is asked for once, by the first of them.
+        """
         for seed, needle in enumerate(self._needles):
             hay = haystack.pile(tokenizer, self._paragraphs, tokens, seed).first(tokens)
+            places: dict[tuple[str, str], float] = {}
             for depth in self._depths:
-                before, after = self._around(hay, depth)
+                places.setdefault(self._around(hay, depth), depth)
+            for (before, after), depth in places.items():
                 yield Example(
                     name=f"{textwrap.shorten(needle.answer, _LONGEST_NAME, placeholder='...')} at {depth}",
                     text=f"{before}{needle.sentence}{after}",

@@ -80,6 +80,7 @@ class NoLiteralMatch(Task):
 
     name: ClassVar[str] = "no_literal_match"
     title: ClassVar[str] = "Facts that share no word with their questions"
+    parts: ClassVar[str] = "steps of knowledge"
     hops: Literal["one", "two", "both"] = option("both", "Steps of knowledge from a fact to its question.")
     count: int | None = option(None, "Questions of each length; each fact once per hop if unset.", at_least=1)
     distractors: int = option(2, "Facts in the text about other people and of other kinds.", at_least=0)

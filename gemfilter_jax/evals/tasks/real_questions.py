@@ -55,9 +55,11 @@ class QuestionOfOne(Example):
 
     Attributes:
       own: character range of the document in `text`.
+      occurrences: character ranges of the reference in the document, where it is verbatim.
     """
 
     own: tuple[int, int] = (0, 0)
+    occurrences: tuple[tuple[int, int], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +104,7 @@ class RealQuestions(Task):
 
     name: ClassVar[str] = "real_questions"
     title: ClassVar[str] = "Questions about real documents"
+    parts: ClassVar[str] = "kind of question"
     sized: ClassVar[bool] = False
     questions_file: str | None = option(
         None, "JSONL file with the fields input (a text), instructions (questions) and outputs (answers). Required."
@@ -168,16 +171,16 @@ class RealQuestions(Task):
     def score_kept(self, example: Example, kept: "KeptText") -> dict[str, float]:
         """Scores of the kept passages.
 
-        "kept", of verbatim references: 1.0 if a passage contains the reference, in its own document. "own_document", of
-        joined documents: the share of the kept characters that are in the question's document.
+        "kept", of verbatim references: 1.0 if a passage holds an occurrence of the reference in its own document.
+        "own_document", of joined documents: the share of the kept characters that are in the question's document.
         """
         assert isinstance(example, QuestionOfOne)
         start, end = example.own
         own = [(max(first, start), min(last, end)) for first, last in kept.spans if first < end and last > start]
         scores = {}
         if example.group == VERBATIM:
-            passages = (example.text[first:last] for first, last in own)
-            scores["kept"] = float(any(occurrences(example.references[0], passage) for passage in passages))
+            held = (low <= first and last <= high for first, last in example.occurrences for low, high in own)
+            scores["kept"] = float(any(held))
         total = sum(last - first for first, last in kept.spans)
         if total and end - start < len(example.text):
             scores["own_document"] = sum(last - first for first, last in own) / total
@@ -205,13 +208,15 @@ def _examples(tokenizer: "PreTrainedTokenizerBase", documents: Sequence[Document
         letters = _Letters.of(document.text)
         for question in document.questions:
             group, spans = _group(letters, question)
+            occurrences = tuple((start + first, start + last) for first, last in spans)
             yield QuestionOfOne(
                 name=question.name,
                 text=text,
                 question=question.text,
                 references=(question.answer,),
                 tokens=tokens,
-                spans=tuple((start + first, start + last) for first, last in spans[:1]),
+                spans=occurrences[:1],
+                occurrences=occurrences,
                 group=group,
                 own=(start, start + len(document.text)),
             )
@@ -254,7 +259,10 @@ class _Letters:
         )
 
     def find(self, wanted: str) -> list[tuple[int, int]]:
-        """Spans in the original text of whole words whose letters and digits are `wanted`; they do not overlap."""
+        """Spans in the original text of whole words whose letters and digits are `wanted`; they do not overlap.
+
+        None if `wanted` is empty.
+        """
         spans, at = [], self.text.find(wanted) if wanted else -1
         while at >= 0:
             start, end = self.places[at], self.places[at + len(wanted) - 1] + 1
@@ -263,14 +271,6 @@ class _Letters:
                 spans.append((start, end))
             at = self.text.find(wanted, at + (len(wanted) if whole else 1))
         return spans
-
-
-def occurrences(reference: str, text: str) -> list[tuple[int, int]]:
-    """Character ranges in which a reference stands in a text in whole words, case, punctuation and white space aside.
-
-    A reference without a letter or digit stands nowhere.
-    """
-    return _Letters.of(text).find(_Letters.of(reference).text)
 
 
 def _plain(text: str) -> str:

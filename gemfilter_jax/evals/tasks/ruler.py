@@ -70,6 +70,7 @@ class Ruler(Task):
 
     name: ClassVar[str] = "ruler"
     title: ClassVar[str] = "RULER"
+    parts: ClassVar[str] = "subtask"
     subtasks: str = option(
         ",".join(WITHOUT_FILES), f"Subtasks, separated by commas, of {', '.join(SUBTASKS)}. The last two need files."
     )
