@@ -45,9 +45,9 @@ if [ $# -gt 1 ]; then
             --keep=$budgets --method=default,uncalibrated,bm25,random,first_last --noanswer
     done
     run real_scientific_qa --task=real_questions --questions_file=scientific_qa.jsonl --only=verbatim --keep=512 \
-        --method=default,bm25
+        --method=default,paper,bm25
     run real_multidoc_qa --task=real_questions --questions_file=multidoc_qa.jsonl --only=verbatim --keep=512 \
-        --method=full,default,bm25
+        --method=full,default,paper,bm25
     for made in "$output"/real_*.jsonl; do
         "$gemfilter" compare "$made" --baseline=bm25 --format=json >"${made%.jsonl}.json"
     done

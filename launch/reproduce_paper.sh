@@ -100,13 +100,25 @@ timed="--model=$model --lengths=$bench --keep=$first $*"
 if [ ! -e "$output/bench.json" ]; then
     echo "$timed" >"$output/bench.flags"
     "$gemfilter" bench --model="$model" --lengths="$bench" --keep="$first" --method=full,snapkv,paper,default \
-        --output="$output/bench.json" "$@" >"$output/bench.txt"
+        --output="$output/bench.json" --plot="$output/bench.png" "$@" >"$output/bench.txt"
 elif [ "$(cat "$output/bench.flags")" != "$timed" ]; then
     fail "$output/bench.json is of $(cat "$output/bench.flags"), not of $timed; give a new --output"
 fi
 
 {
     echo "# The experiments of the GemFilter paper on $model"
+    echo
+    "${PYTHON:-python3}" - "$output/needles.jsonl" <<'HEADING'
+import json
+import pathlib
+import sys
+
+with pathlib.Path(sys.argv[1]).open() as lines:
+    run = json.loads(next(lines))
+layers = {one["method"]: one["options"].get("filter_layer") for one in run["methods"]}
+print(f"Weights in {run['dtype']}; filter layer {layers['paper']} for the paper's rule, {layers['default']} by default.")
+print(", ".join(f"{name}: {value}" for name, value in run["environment"].items() if name != "memory") + ".")
+HEADING
     printf '\n## Needle in a haystack\n\nThe paper plots recall. ![recall by length and depth](needles.png)\n\n'
     "$gemfilter" compare "$output/needles.jsonl" --format=markdown --score=recall --heat_map="$output/needles.png"
     if [ -n "$longbench" ]; then
@@ -116,12 +128,22 @@ fi
         echo 'The paper has the average of the parts.'
         echo
         "$gemfilter" compare "$output/longbench.jsonl" --format=markdown --by_group
+        printf '\n## LongBench by filter layer\n\nAverages of the parts. %s shows the parts.\n\n' \
+            '`gemfilter compare --by_group layer_N.jsonl`'
+        heading='| layer '
         for layer in $(echo "$layers" | tr , ' '); do
-            printf '\n## LongBench, filter layer %s\n\n' "$layer"
-            "$gemfilter" compare "$output/layer_$layer.jsonl" --format=markdown --by_group
+            "$gemfilter" compare "$output/layer_$layer.jsonl" --format=markdown --by_group | awk -v layer="$layer" \
+                -v heading="$heading" 'NR == 3 && heading { print heading $0 }
+                NR == 4 && heading { print "| --- " $0 }
+                NR == 5 { row = $0 }
+                /average of the parts/ { row = $0 }
+                END { print "| " layer " " row }'
+            heading=''
         done
     fi
-    printf '\n## Time and memory by length\n\n```\n'
+    printf '\n## Time and memory by length\n\n%s\n\n```\n' "Seconds are medians; \"full / this\" is the median ratio of \
+runs in turns. On a CPU the memory is that of the whole process at its peak, on other devices that of their allocator. \
+![time and memory by length](bench.png)"
     cat "$output/bench.txt"
     printf '```\n'
 } >"$output/index.md.part"

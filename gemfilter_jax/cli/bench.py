@@ -1,6 +1,6 @@
 """Time methods on this device, in one process.
 
-gemfilter bench --lengths=1024,2048,4096,8000 --keep=512 --output=bench.json
+gemfilter bench --lengths=1024,2048,4096,8000 --keep=512 --output=bench.json --plot=bench.png
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ options.define_options(FLAGS, ["order"])
 options.define_comparison(FLAGS, lengths=["1024", "2048", "4096"])
 options.define_distributed(FLAGS)
 flags.DEFINE_string("output", None, "Write the result as JSON to this file.", flag_values=FLAGS)
+flags.DEFINE_string("plot", None, "Plot time and memory by length to this file; needs matplotlib.", flag_values=FLAGS)
 flags.DEFINE_integer("max_new_tokens", 32, "Tokens that every run generates.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer(
     "repeats", 3, "Timed runs of each method, after one run to compile.", lower_bound=1, flag_values=FLAGS
@@ -29,13 +30,15 @@ _COLUMNS = ("method", "prompt", "kept", "filter s", "prefill s", "decode s", "to
 
 def main(_: list[str]) -> None:
     """Run the command."""
-    if FLAGS.output and processes.is_first():
-        files.check_writable(FLAGS.output, "output")
+    if processes.is_first():
+        if FLAGS.output:
+            files.check_writable(FLAGS.output, "output")
+        options.check_plots(FLAGS, "plot")
     lengths = options.lengths(FLAGS)
     options.check_methods(FLAGS)
 
     from gemfilter_jax.evals import bench
-    from gemfilter_jax.reporting import terminal
+    from gemfilter_jax.reporting import plots, terminal
 
     model = options.load_pipeline(FLAGS)
     methods = {one.label: one.method for one in options.contestants(FLAGS, model)}
@@ -59,6 +62,8 @@ def main(_: list[str]) -> None:
             "rows": [dataclasses.asdict(row) for row in rows],
         }
         files.write_whole(FLAGS.output, json.dumps(result, indent=1) + "\n")
+    if FLAGS.plot:
+        plots.time_and_memory(rows, title, FLAGS.plot)
 
 
 def _cells(row) -> list[str]:

@@ -50,9 +50,9 @@ options.define_options(
 
 def main(_: list[str]) -> None:
     """Run the command."""
-    for name in ("output", "plot"):
-        if getattr(FLAGS, name):
-            files.check_writable(getattr(FLAGS, name), name)
+    if FLAGS.output:
+        files.check_writable(FLAGS.output, "output")
+    options.check_plots(FLAGS, "plot")
     paragraphs = haystack.read_folder(pathlib.Path(FLAGS.texts)) if FLAGS.texts is not None else None
 
     from rich.console import Console
@@ -60,9 +60,6 @@ def main(_: list[str]) -> None:
     from gemfilter_jax.evals import calibration
     from gemfilter_jax.methods import presets
     from gemfilter_jax.reporting import plots, terminal
-
-    if FLAGS.plot:
-        plots.check_installed()
 
     def candidates(_: "Preset", config: "ModelConfig") -> int:
         return FLAGS.layers or config.layers * 11 // 20 + 1

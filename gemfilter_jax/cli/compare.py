@@ -16,12 +16,9 @@ import sys
 
 from absl import flags
 
-from gemfilter_jax import files
-from gemfilter_jax.cli import command
+from gemfilter_jax.cli import command, options
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.evals import result_file
-
-_PLOTS = (".png", ".svg", ".pdf")
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_enum("format", "text", ["text", "markdown", "json"], "Output format.", flag_values=FLAGS)
@@ -50,19 +47,10 @@ def main(paths: list[str]) -> None:
     """Run the command."""
     if not paths:
         raise UserError("no result file; give one or several that gemfilter evaluate --output has written")
-    for name in ("heat_map", "plot"):
-        if path := getattr(FLAGS, name):
-            files.check_writable(path, name)
-            if pathlib.Path(path).suffix not in _PLOTS:
-                raise UserError(f"--{name}={path}: expected a name that ends in {', '.join(_PLOTS)}")
-
-    if FLAGS.heat_map and FLAGS.plot and pathlib.Path(FLAGS.heat_map).resolve() == pathlib.Path(FLAGS.plot).resolve():
-        raise UserError(f"--heat_map and --plot are both {FLAGS.plot}; give two files")
+    options.check_plots(FLAGS, "heat_map", "plot")
 
     from gemfilter_jax.reporting import plots, score_tables, terminal
 
-    if FLAGS.heat_map or FLAGS.plot:
-        plots.check_installed()
     results = result_file.read(map(pathlib.Path, paths))
     if not results.lines:
         raise UserError(f"{', '.join(paths)}: no results yet")

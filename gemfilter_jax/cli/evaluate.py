@@ -25,6 +25,7 @@ from gemfilter_jax.parallel import processes
 from gemfilter_jax.settings import Option
 
 if TYPE_CHECKING:  # commands parse their flags before they import JAX, so that a mistake is told at once
+    from collections.abc import Iterator
     from typing import Any
 
     from gemfilter_jax.evals.runner import Contestant
@@ -101,7 +102,7 @@ def main(_: list[str]) -> None:
         asked = runner.trials(task, tokenizer, lengths, contestants, shard=shard)
     heading = _heading(task, lengths, contestants, model, len(asked))
     path = pathlib.Path(FLAGS.output) if FLAGS.output and processes.is_first() else None
-    with result_file.locked(path) if path else contextlib.nullcontext():
+    with result_file.locked(path) if path else contextlib.nullcontext(), _way_on(path):
         lines = list(result_file.resume(path, heading, asked).lines) if path else []
         done = processes.of_first(len(lines))
         with score_tables.running(progress, lines, len(asked), heading["main_score"]) as report:
@@ -115,6 +116,17 @@ def main(_: list[str]) -> None:
         terminal.print_table(score_tables.rich_table(results))
         for remark in score_tables.remarks(results):
             print(remark, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _way_on(path: pathlib.Path | None) -> "Iterator[None]":
+    """Tell whoever interrupts a run that its results are not lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if path:
+            print(f"\nstopped; the same command goes on from {path}", file=sys.stderr, end="")
+        raise
 
 
 def _heading(

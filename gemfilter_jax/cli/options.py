@@ -1,6 +1,7 @@
 """Flags that several commands share, and what is made of them."""
 
 import contextlib
+import importlib.util
 import pathlib
 import sys
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ if TYPE_CHECKING:  # commands parse their flags before they import JAX, so that 
     from gemfilter_jax.methods.presets import Preset
     from gemfilter_jax.pipeline import KeptText, Pipeline, Result
 
+_PLOTS = (".png", ".svg", ".pdf")
 _COMPARED = ("full", "default", "paper")
 _FILTER_OPTIONS = ("filter_layer", "filter_attention", "filter_precision", "band", "first_tokens")
 
@@ -375,6 +377,22 @@ def check_methods(values: flags.FlagValues) -> None:
     if strangers := sorted({*_given(values), *_budget(values.keep and "1")} - known):
         others = [name for name in methods.VARIANTS if strangers[0] in _names(methods.VARIANTS[name])]
         raise UserError(f"--{strangers[0]} means nothing to --method={','.join(names)}; it is for {others[0]}")
+
+
+def check_plots(values: flags.FlagValues, *names: str) -> None:
+    """Raise a `UserError` if a plot cannot be drawn, or written to the file that one of these flags names."""
+    taken: dict[pathlib.Path, str] = {}
+    for name in names:
+        if not (path := values[name].value):
+            continue
+        files.check_writable(path, name)
+        if pathlib.Path(path).suffix not in _PLOTS:
+            raise UserError(f"--{name}={path}: expected a name that ends in {', '.join(_PLOTS)}")
+        other = taken.setdefault(pathlib.Path(path).resolve(), name)
+        if other != name:
+            raise UserError(f"--{other} and --{name} are both {path}; give two files")
+    if taken and importlib.util.find_spec("matplotlib") is None:
+        raise UserError("plots need matplotlib; install it with pip install matplotlib, or ask for none")
 
 
 def contestants(values: flags.FlagValues, model: "Pipeline") -> "list[Contestant]":

@@ -27,6 +27,7 @@ _HEADING: dict[str, type | tuple[type, ...]] = {
     "title": str,
     "parts": str,
     "main_score": str,
+    "answer": bool,
     "options": dict,
     "lengths": (list, NoneType),
     "trials": int,

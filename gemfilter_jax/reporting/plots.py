@@ -2,7 +2,6 @@
 
 import collections
 import functools
-import importlib.util
 import io
 import pathlib
 from collections.abc import Callable, Sequence
@@ -11,12 +10,13 @@ from typing import TYPE_CHECKING, ParamSpec
 import numpy as np
 
 from gemfilter_jax import files
-from gemfilter_jax.errors import UserError, printable
+from gemfilter_jax.errors import printable
 from gemfilter_jax.evals import result_file, summary
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from gemfilter_jax.evals.bench import Row
     from gemfilter_jax.evals.calibration import LayerRecall
     from gemfilter_jax.evals.result_file import ResultFile
 
@@ -25,12 +25,6 @@ _Arguments = ParamSpec("_Arguments")
 _PANELS_A_ROW = 4
 _OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999", "#F0E442")
 _MARKERS = "osD^vPX<>*hd"
-
-
-def check_installed() -> None:
-    """Raise a `UserError` if matplotlib is not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("plots need matplotlib; install it with pip install matplotlib, or ask for none")
 
 
 def _texts_as_they_are(draw: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
@@ -156,6 +150,31 @@ def by_budget(results: "ResultFile", score: str, path: str) -> None:
     examples = sorted({one.scores[score].count for one in made})
     counts = " to ".join(str(count) for count in dict.fromkeys((examples[0], examples[-1])))
     figure.suptitle(f"{_title(results)}\n({counts} examples, 95 % intervals)", fontsize=11)
+    _write(figure, path)
+
+
+@_texts_as_they_are
+def time_and_memory(rows: "Sequence[Row]", title: str, path: str) -> None:
+    """Plot median seconds of all stages and peak memory by prompt length, a line for each method.
+
+    Args:
+      title: what was measured, on which device.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    seconds, memory = figure.subplots(1, 2)
+    for index, name in enumerate(dict.fromkeys(row.method for row in rows)):
+        own = [row for row in rows if row.method == name]
+        lengths = [row.prompt_tokens for row in own]
+        style = {"color": _OKABE_ITO[index % len(_OKABE_ITO)], "marker": _MARKERS[index % len(_MARKERS)], "label": name}
+        seconds.plot(lengths, [row.total for row in own], **style)
+        memory.plot(lengths, [row.peak_bytes / 1e9 for row in own], **style)
+    for axes, label in ((seconds, "seconds of all stages"), (memory, "peak memory, GB")):
+        axes.set(xlabel="prompt tokens", ylabel=label, ylim=(0, None))
+        axes.grid(alpha=0.3)
+    figure.legend(*seconds.get_legend_handles_labels(), loc="outside right center", fontsize=9)
+    figure.suptitle(printable(title), fontsize=11)
     _write(figure, path)
 
 

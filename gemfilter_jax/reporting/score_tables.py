@@ -1,5 +1,6 @@
 """Scores of methods as tables: on a terminal, in Markdown and in JSON; and the running scores of a run."""
 
+import collections
 import contextlib
 import dataclasses
 import itertools
@@ -87,13 +88,17 @@ def title(results: "ResultFile") -> str:
 
 
 def remarks(results: "ResultFile") -> list[str]:
-    """What a reader of the table must know: what the files lack, and why examples have no answer."""
+    """What a reader of the table must know: what the files lack, why examples have no answer, and empty answers."""
     reasons: dict[str, list[str]] = {}
+    empty: collections.Counter[str] = collections.Counter()
     for line in results.lines:
         if line.error is not None:
             reasons.setdefault(line.label, []).append(line.error)
+        elif results.heading["answer"] and not line.answer.strip():
+            empty[line.label] += 1
     unanswered = [f"{label}: {len(own)} unanswered; the first: {own[0]}" for label, own in reasons.items()]
-    return [printable(one) for one in (*results.missing, *unanswered)]
+    silent = [f"{label}: {count} of the answers are empty" for label, count in empty.items()]
+    return [printable(one) for one in (*results.missing, *unanswered, *silent)]
 
 
 def rich_table(results: "ResultFile", *, by_group: bool = False) -> "Table":

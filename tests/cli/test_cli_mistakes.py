@@ -213,6 +213,7 @@ def test_evaluate(flags, said):
         (("missing.jsonl",), ("missing.jsonl", "cannot be read")),
         (("--plot=/no/such/folder/plot.png", "missing.jsonl"), ("/no/such/folder",)),
         (("--plot=plot.foo", "missing.jsonl"), ("--plot=plot.foo", ".png, .svg, .pdf")),
+        (("--plot=a.png", "--heat_map=./a.png", "missing.jsonl"), ("--heat_map and --plot are both a.png",)),
         ((__file__,), ("line 1 is not JSON", "gemfilter evaluate")),
     ],
 )

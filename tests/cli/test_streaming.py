@@ -91,13 +91,13 @@ def test_no_blank_lines_open_standard_error(book):
 def test_an_evaluation_shows_its_running_scores_and_the_time_left(tmp_path):
     model = gguf_files.write(tmp_path / "tiny.gguf", Folder.read(GOLDEN / "llama_gqa_tied"))
     seen = _on_terminal(
-        *("evaluate", f"--model={model}", "--lengths=150", "--method=full,bm25", "--keep=64"),
-        *("--nochat_template", f"--output={tmp_path / 'results.jsonl'}"),
+        *("evaluate", f"--model={model}", "--lengths=150", "--method=full,bm25", "--keep=64", "--count=12"),
+        *("--nochat_template", "--task=hidden_facts", f"--output={tmp_path / 'results.jsonl'}"),
     )
     plain = _CONTROL.sub("", seen)
     assert re.search(r"asking .*24/24.* right: full \d\.\d\d, bm25@64 \d\.\d\d", plain)
     assert re.search(r"\d:\d\d:\d\d", plain)
-    table = plain[plain.rindex("Needles in a haystack, ") :]
+    table = plain[plain.rindex("Hidden facts, ") :]
     for row in (r"│ full +│ +all │ +150 │ +12 │", r"│ bm25 +│ +64 │ +150 │ +12 │"):
         assert re.search(row, table)
     assert "asking" not in table

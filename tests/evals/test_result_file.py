@@ -267,7 +267,8 @@ def test_a_file_of_something_else_is_refused(path, held, words):
 def test_a_run_that_is_killed_again_and_again_gives_the_lines_of_one_that_is_not(kills, tmp_path):
     model = gguf_files.write(tmp_path / "tiny.gguf", Folder.read(GOLDEN / "llama_gqa_tied"))
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
-    flags = (f"--model={model}", "--method=full,default,bm25", "--keep=64,96", "--lengths=150")
+    task = ("--task=hidden_facts", "--count=12", "--lengths=150")
+    flags = (f"--model={model}", "--method=full,default,bm25", "--keep=64,96", *task)
 
     def command(output) -> list[str]:
         run = [sys.executable, "-m", "gemfilter_jax.cli.main", "evaluate", "--filter_layer=1", "--nochat_template"]
@@ -282,18 +283,22 @@ def test_a_run_that_is_killed_again_and_again_gives_the_lines_of_one_that_is_not
     total = len(lines(uncut)) - 1
     assert total == 12 * 5
     rng = random.Random(kills)
-    for kill in range(kills):
-        process = subprocess.Popen(command(cut), env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    for stop in (*[signal.SIGKILL] * kills, signal.SIGINT):
+        process = subprocess.Popen(
+            command(cut), env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        )
         had = cut.read_bytes().count(b"\n") if cut.exists() else 0
-        wanted = had + rng.randrange(1, (total - had) // (kills - kill))
+        wanted = had + (1 if stop == signal.SIGINT else rng.randrange(1, (total - had) // (kills + 1)))
         deadline = time.monotonic() + 200
         while not cut.exists() or cut.read_bytes().count(b"\n") < wanted:
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.002)
         time.sleep(rng.random() / 50)
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
+        process.send_signal(stop)
+        told = process.communicate(timeout=100)[1]
+        assert process.returncode == (130 if stop == signal.SIGINT else -stop)
+    assert told.splitlines()[-1] == f"stopped; the same command goes on from {cut}"
     assert cut.read_bytes().count(b"\n") <= total
     subprocess.run(command(cut), env=environment, check=True, capture_output=True, timeout=300)
     assert lines(cut) == lines(uncut)

@@ -54,16 +54,24 @@ def test_a_tiny_model_gets_its_page_and_a_second_run_adds_nothing(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(made / "index.md")
     page = (made / "index.md").read_text()
-    for heading in ("Needle in a haystack", "LongBench, without chat template", "filter layer 1", "filter layer 2"):
+    for heading in ("Needle in a haystack", "LongBench, without chat template", "LongBench by filter layer"):
         assert heading in page
-    assert page.count("| paper | 96 |") == 2 + 1 + 1 + 5 + 2 * 5
+    assert "Weights in float32; filter layer " in page
+    assert page.count("| paper | 96 |") == 2 + 1 + 1 + 5 + 2
+    assert re.findall(r"^\| (\d) \| paper \| 96 \|.*\| average of the parts \| 4 \|", page, re.MULTILINE) == ["1", "2"]
+    assert page.count("| layer | method | keep |") == 1
     assert re.search(r"snapkv@96 +│ +172 │ +96 ", page)
-    for plot in ("needles.png", "longbench.png"):
+    for plot in ("needles.png", "longbench.png", "bench.png"):
         assert (made / plot).read_bytes().startswith(b"\x89PNG")
         assert plot in page
-    assert (made / "needles.jsonl").read_bytes().count(b"\n") == 1 + 2 * 10 * 4
+    assert (made / "needles.jsonl").read_bytes().count(b"\n") == 1 + (8 + 10) * 4  # 8 places are left in 150 tokens
     before = {path.name: path.read_bytes() for path in made.glob("*.json*")}
     shutil.rmtree(tmp_path / "cache")
     assert reproduce(*arguments).returncode == 0
     assert {path.name: path.read_bytes() for path in made.glob("*.json*")} == before
+    assert (made / "index.md").read_text() == page
+    others = [one.replace("--bench=150", "--bench=200") for one in arguments]
+    done = reproduce(*others)
+    assert done.returncode == 2
+    assert "bench.json is of --model=" in done.stderr
     assert (made / "index.md").read_text() == page

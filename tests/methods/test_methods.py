@@ -28,6 +28,7 @@ from gemfilter_jax.methods.presets import preset_for
 from gemfilter_jax.methods.random_passages import RandomPassages
 from gemfilter_jax.methods.snapkv import SnapKV
 from gemfilter_jax.methods.streaming_llm import StreamingLLM
+from gemfilter_jax.models.hooks import Visit
 
 KEEP = 48
 _DEFAULT = GemFilter(filter_layer=2, keep=KEEP, observation_window=16, chunk=8, sentences=False)
@@ -258,13 +259,18 @@ class TestFlags:
             self.given(*arguments)
 
 
-def test_the_example_in_the_documentation(model):
-    """Its code block, as it stands: keeps the end of the document, and refuses what it must."""
+def documented(name: str) -> type:
+    """A class of the documentation's code blocks, as they stand."""
     text = (pathlib.Path(__file__).parents[2] / "docs" / "architecture.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if f"class {name}(" in block)
     space: dict = {"__name__": "example"}
     exec(code, space)
-    method = space["LastTokens"].of("last_tokens", model.preset, keep=48)
+    return space[name]
+
+
+def test_the_example_of_a_method_that_selects(model):
+    """It keeps the end of the document, and refuses what it must."""
+    method = documented("LastTokens").of("last_tokens", model.preset, keep=48)
     result = answer(model, 200, method=method)
     assert result.selection.indices == tuple(range(result.selection.prompt_tokens - 48, result.selection.prompt_tokens))
     assert answer(model, 20, method=method).tokens == answer(model, 20, method="full").tokens
@@ -272,6 +278,22 @@ def test_the_example_in_the_documentation(model):
         answer(model, 200, method=dataclasses.replace(method, keep=2))
     with pytest.raises(UserError, match="keep is 0"):
         answer(model, 200, method=dataclasses.replace(method, keep=0))
+
+
+def test_the_example_of_a_method_that_evicts(model):
+    """It keeps the smallest keys but for the last ones, by each key head, and the whole of a short prompt."""
+    method = documented("SmallKeys").of("small_keys", model.preset, keep=6, last=2)
+    keys = np.random.default_rng(0).normal(size=(1, 20, 2, 4))
+    visit = Visit(0, keys, keys, keys, keys, None, key_heads=2)
+    kept = np.asarray(method.kept(visit, np.array([20])))
+    for head in range(2):
+        smallest = np.argsort(np.linalg.norm(keys[0, :18, head], axis=-1))[:4]
+        assert kept[0, head].tolist() == [*sorted(smallest.tolist()), 18, 19]
+    whole = dataclasses.replace(method, keep=256)
+    assert answer(model, 90, method=whole).tokens == answer(model, 90, method="full").tokens
+    assert answer(model, 90, method=method).tokens != answer(model, 90, method="full").tokens
+    with pytest.raises(UserError, match="last is 6 and keep 6, which leaves no room"):
+        answer(model, 90, method=dataclasses.replace(method, last=6))
 
 
 class TestFormerNames:

@@ -135,9 +135,9 @@ def folder(tmp_path_factory):
 
 def test_an_evaluation_that_stopped_goes_on_in_all_processes(folder, tmp_path):
     """From the lines that the first process alone has; here those of a run of one process."""
-    output = tmp_path / "results.jsonl"
+    output, task = tmp_path / "results.jsonl", ("--task=hidden_facts", "--count=12", "--distractors=0")
     command = (
-        *(*GEMFILTER, "evaluate", f"--model={folder}", "--lengths=60", "--keep=32", "--filter_layer=1"),
+        *(*GEMFILTER, "evaluate", f"--model={folder}", *task, "--lengths=60", "--keep=32", "--filter_layer=1"),
         *("--method=full,default", f"--output={output}"),
     )
 
@@ -151,7 +151,7 @@ def test_an_evaluation_that_stopped_goes_on_in_all_processes(folder, tmp_path):
     output.write_text("\n".join(whole[:8]) + '\n{"length": 60, "num')
     first, second = start(*command, "--mesh=seq:2,model:2")
     status, shown = first.end(120)
-    assert (status, "Needles in a haystack" in shown) == (0, True), first.errors
+    assert (status, "Hidden facts" in shown) == (0, True), first.errors
     assert second.end(120) == (0, ""), second.errors
     again = output.read_text().splitlines()
     assert again[:8] == whole[:8]

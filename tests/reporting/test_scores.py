@@ -8,10 +8,11 @@ import pytest
 from rich.console import Console
 
 from gemfilter_jax.errors import UserError
+from gemfilter_jax.evals.bench import Row
 from gemfilter_jax.evals.result_file import Line, ResultFile
 from gemfilter_jax.reporting import plots, score_tables
 
-HEADING = {"title": "Hidden facts", "parts": "depth", "model": "m", "main_score": "right"}
+HEADING = {"title": "Hidden facts", "parts": "depth", "model": "m", "main_score": "right", "answer": True}
 DEPTHS = ("0 %", "100 %")
 
 
@@ -19,7 +20,7 @@ def line(method, keep, length, number, right, **changes) -> Line:
     scores = {} if right is None else {"right": right, "kept": 1.0}
     fields = {
         "length": length, "number": number, "method": method, "keep": keep, "name": "n", "digest": "",
-        "group": DEPTHS[number % 2], "depth": 0.5, "tokens": 98, "question": "?", "expected": (), "answer": "",
+        "group": DEPTHS[number % 2], "depth": 0.5, "tokens": 98, "question": "?", "expected": (), "answer": "so",
         "scores": scores, "prompt_tokens": 1, "seconds": {"filter": 1.5},
         "error": "too long" if right is None else None,
     }  # fmt: skip
@@ -96,6 +97,12 @@ def test_unanswered_examples_are_told_with_their_reason():
         "\n- full: 1 unanswered; the first: keep is 3\\\\nor \\*so\\*"
     )
     assert score_tables.as_json(made)["remarks"] == score_tables.remarks(made)
+
+
+def test_empty_answers_are_told():
+    lines = [line("full", "all", 1_000, number, 0.0, answer=answer) for number, answer in enumerate(("", "so", " \n"))]
+    assert score_tables.remarks(ResultFile(HEADING, tuple(lines))) == ["full: 2 of the answers are empty"]
+    assert score_tables.remarks(ResultFile(HEADING | {"answer": False}, tuple(lines))) == []
 
 
 def test_an_average_needs_a_score_of_every_part():
@@ -220,6 +227,21 @@ def test_a_row_of_panels_for_each_method_and_means_of_examples(figure, tmp_path)
     places = [axes.get_subplotspec() for axes in (default, wider, bm25)]
     assert [(place.rowspan.start, place.colspan.start) for place in places] == [(0, 0), (0, 1), (1, 0)]
     assert "cost$\\foo$" in figure[0].get_suptitle()
+
+
+def test_time_and_memory(figure, tmp_path):
+    rows = [
+        Row(method, length, length, {}, length * slower, None, round(1e9 * slower))
+        for length in (100, 200) for method, slower in (("full", 2.0), ("default@64", 1.0))
+    ]  # fmt: skip
+    plots.time_and_memory(rows, "a $model$", str(tmp_path / "bench.png"))
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+    seconds, memory = figure[0].axes
+    assert [list(map(float, one.get_ydata())) for one in seconds.lines] == [[200, 400], [100, 200]]
+    assert [list(map(float, one.get_ydata())) for one in memory.lines] == [[2, 2], [1, 1]]
+    assert [list(map(int, one.get_xdata())) for one in memory.lines] == [[100, 200]] * 2
+    assert (seconds.get_ylabel(), memory.get_ylabel()) == ("seconds of all stages", "peak memory, GB")
+    assert [text.get_text() for text in figure[0].legends[0].get_texts()] == ["full", "default@64"]
 
 
 def test_scores_by_budget(figure, tmp_path):
