@@ -15,6 +15,7 @@ import pytest
 from jax.experimental import topologies
 
 TOPOLOGIES = {"v5e:2x2": "v5litepod-4", "v6e:2x2": "v6e-4"}
+every_topology = pytest.mark.parametrize("topology", ["v5e:2x2", pytest.param("v6e:2x2", marks=pytest.mark.exhaustive)])
 _LIBTPU = pathlib.Path(sys.prefix, "libtpu")  # where `make test` puts it, out of sight of every other process
 
 Programs = Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]]

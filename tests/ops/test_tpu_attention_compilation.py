@@ -6,14 +6,14 @@ import jax
 import pytest
 import tpu_compiler
 from real_shapes import HEADS, LENGTH
-from tpu_compiler import TOPOLOGIES
+from tpu_compiler import every_topology
 
 from gemfilter_jax.ops.attention import TriShape, splash
 
 _FORMS = ("dense", "windowed", "tri_shape")
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
+@every_topology
 @pytest.mark.parametrize("form", _FORMS)
 @pytest.mark.parametrize("model", HEADS)
 def test_it_makes_no_square_array(model, form, topology):

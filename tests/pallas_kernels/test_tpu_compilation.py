@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import pytest
 import tpu_compiler
 from real_shapes import HEADS, LENGTH, ROWS
-from tpu_compiler import TOPOLOGIES
+from tpu_compiler import every_topology
 
 from gemfilter_jax.ops.key_scores import score_keys, score_keys_by_all_rows
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
+@every_topology
 @pytest.mark.parametrize("normalisation", ["softmax", "sink"])
 @pytest.mark.parametrize("model", HEADS)
 def test_scores_need_next_to_no_memory(model, normalisation, topology):
@@ -23,7 +23,7 @@ def test_scores_need_next_to_no_memory(model, normalisation, topology):
     assert program["temporaries"] < bound
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
+@every_topology
 @pytest.mark.parametrize("variant", ["float32", "one row", "each head", "sliding window", "all rows"])
 def test_variants_compile(variant, topology):
     assert tpu_compiler.compiled(__file__, topology)[variant]["temporaries"] < 2**27

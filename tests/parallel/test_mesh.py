@@ -26,7 +26,7 @@ _FAMILIES = {  # and the parts of the model axis that they admit
 }
 _EVERY = ()  # mesh that 8 and 4 devices make
 _MESHES = {  # each axis alone and with others; all that is asked for on the first, where two parts share a key head
-    "llama_mqa_bias_linear": ("data:2,seq:2,model:2", "data:1,seq:1,model:4", "data:1,seq:1,model:8"),
+    "llama_mqa_bias_linear": ("data:2,seq:2,model:2", "data:1,seq:1,model:8"),
     "mistral_sliding": ("data:1,seq:8,model:1",),
     "phi3_longrope": ("data:1,seq:4,model:2",),
     "qwen3_norms": ("data:4,seq:1,model:2",),
