@@ -3,8 +3,9 @@
 #
 # usage: benchmarks/compare_methods.sh OUTPUT [QUESTIONS]
 #
-# OUTPUT gets a file of lines for each comparison. QUESTIONS is a folder with scientific_qa.jsonl and multidoc_qa.jsonl of
-# L-Eval (github.com/OpenLMLab/LEval, LEval-data). Lines about these hold texts of others; a file of tables is made of each.
+# OUTPUT gets a file of lines for each comparison, and plots. QUESTIONS is a folder with scientific_qa.jsonl and
+# multidoc_qa.jsonl of L-Eval (github.com/OpenLMLab/LEval, LEval-data). Lines about these hold texts of
+# others; a file of tables is made of each. All of it takes some three hours on two cores.
 # GEMFILTER is the command (default: gemfilter).
 set -eu
 gemfilter=$(realpath "$(command -v "${GEMFILTER:-gemfilter}")")
@@ -35,6 +36,8 @@ run no_literal_match_16k_kept --task=no_literal_match --count=36 --lengths=16384
     --noanswer
 run ruler_kept --task=ruler --subtasks=$retrieval --count=3 --lengths=4096,7900 --keep=$budgets --method=$few --noanswer
 run ruler_4k --task=ruler --count=2 --lengths=4096 --keep=512 --method=full,default,bm25
+run ruler_counting_4k --task=ruler --subtasks=vt,cwe,fwe --count=3 --lengths=4096 --keep=1024 \
+    --method=full,default,bm25,random
 run ruler_8k --task=ruler --count=1 --lengths=7900 --keep=512 --method=full,default,bm25
 if [ $# -gt 1 ]; then
     cd "$2"
@@ -51,4 +54,6 @@ if [ $# -gt 1 ]; then
     for made in "$output"/real_*.jsonl; do
         "$gemfilter" compare "$made" --baseline=bm25 --format=json >"${made%.jsonl}.json"
     done
+    "$gemfilter" compare "$output/real_multidoc_qa_kept.jsonl" --score=kept --plot="$output/real_multidoc_qa_kept.png"
 fi
+"$gemfilter" compare "$output/no_literal_match_4k_kept.jsonl" --score=kept --plot="$output/no_literal_match_4k_kept.png"

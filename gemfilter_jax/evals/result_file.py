@@ -213,7 +213,7 @@ def _difference(name: str, found: Any, now: Any) -> str:
 
 @contextlib.contextmanager
 def locked(path: pathlib.Path) -> Iterator[None]:
-    """Keep other runs from writing a result file, which exists afterwards.
+    """Keep other runs from writing a result file, where its file system has locks. The file exists afterwards.
 
     Raises:
       UserError: another run is writing it, or it cannot be written.
@@ -221,14 +221,17 @@ def locked(path: pathlib.Path) -> Iterator[None]:
     import fcntl
 
     try:
-        with path.open("ab") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(f"{path}: another run is writing it; wait for that, or give a new file") from error
-            yield
+        file = path.open("ab")
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{path}: another run is writing it; wait for that, or give a new file") from error
+        except OSError:
+            pass  # some network file systems have no locks
+        yield
 
 
 def append(path: pathlib.Path, line: Line) -> None:
@@ -340,7 +343,8 @@ def _missing_shards(headings: Sequence[Mapping[str, Any]]) -> list[str]:
     remarks = []
     for count in dict.fromkeys(count for _, _, count in given):
         indices = {index for index, _, other in given if other == count}
-        remarks += [f"of {count} shards only {', '.join(sorted(indices))} is here"] * (str(len(indices)) != count)
+        if str(len(indices)) != count:
+            remarks.append(f"only shard {', '.join(sorted(indices))} of {count} is given")
     return remarks
 
 

@@ -224,7 +224,7 @@ def test_what_files_lack_is_told(tmp_path):
     write(shard, HEADING | {"shard": "2/3", "trials": 1}, LINES[2:])
     assert result_file.read([torn, shard]).missing == (
         f"{torn} is not finished: it has 2 of 3 results",
-        "of 3 shards only 2 is here",
+        "only shard 2 of 3 is given",
     )
 
 
@@ -235,6 +235,10 @@ def test_a_file_is_written_by_one_run_at_a_time(path):
         write(path)
     with result_file.locked(path):
         assert result_file.resume(path, HEADING, TRIALS).lines == tuple(LINES)
+    with pytest.raises(UserError, match="cannot be written"), result_file.locked(path.parent):
+        pass
+    with pytest.raises(OSError, match="of something else"), result_file.locked(path):
+        raise OSError("of something else")
 
 
 def test_lines_are_sorted_by_length_method_and_number(tmp_path):
