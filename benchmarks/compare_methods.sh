@@ -8,7 +8,8 @@
 # others; a file of tables is made of each. All of it takes some three hours on two cores.
 # GEMFILTER is the command (default: gemfilter).
 set -eu
-gemfilter=$(realpath "$(command -v "${GEMFILTER:-gemfilter}")")
+gemfilter=$(command -v "${GEMFILTER:-gemfilter}") || { echo "${GEMFILTER:-gemfilter} is not installed" >&2; exit 2; }
+gemfilter=$(realpath "$gemfilter")
 output=$(realpath -m "${1:?usage: benchmarks/compare_methods.sh OUTPUT [QUESTIONS]}")
 mkdir -p "$output"
 budgets=256,512,1024

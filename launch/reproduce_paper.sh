@@ -84,6 +84,11 @@ bench=${bench:-$(echo "$defaults" | sed -n 2p)}
 layers=${layers:-$(echo "$defaults" | sed -n 3p)}
 first=${keep%%,*}
 mkdir -p "$output"
+timed="--model=$model --lengths=$bench --keep=$first $*"
+if [ -e "$output/bench.json" ]; then
+    before=$(cat "$output/bench.flags" 2>/dev/null) || before='unknown flags'
+    [ "$before" = "$timed" ] || fail "$output/bench.json is of $before, not of $timed; give a new --output"
+fi
 
 "$gemfilter" evaluate --model="$model" --task=needles --paper ${texts:+--texts="$texts"} --lengths="$lengths" \
     --keep="$first" --method=full,snapkv,paper,default --output="$output/needles.jsonl" "$@"
@@ -96,13 +101,10 @@ if [ -n "$longbench" ]; then
             --output="$output/layer_$layer.jsonl" "$@"
     done
 fi
-timed="--model=$model --lengths=$bench --keep=$first $*"
 if [ ! -e "$output/bench.json" ]; then
-    echo "$timed" >"$output/bench.flags"
+    printf '%s\n' "$timed" >"$output/bench.flags"
     "$gemfilter" bench --model="$model" --lengths="$bench" --keep="$first" --method=full,snapkv,paper,default \
         --output="$output/bench.json" --plot="$output/bench.png" "$@" >"$output/bench.txt"
-elif [ "$(cat "$output/bench.flags")" != "$timed" ]; then
-    fail "$output/bench.json is of $(cat "$output/bench.flags"), not of $timed; give a new --output"
 fi
 
 {
@@ -128,21 +130,33 @@ HEADING
         echo 'The paper has the average of the parts.'
         echo
         "$gemfilter" compare "$output/longbench.jsonl" --format=markdown --by_group
-        printf '\n## LongBench by filter layer\n\nAverages of the parts. %s shows the parts.\n\n' \
-            '`gemfilter compare --by_group layer_N.jsonl`'
-        heading='| layer '
+        printf '\n## LongBench by filter layer\n\n'
         for layer in $(echo "$layers" | tr , ' '); do
-            "$gemfilter" compare "$output/layer_$layer.jsonl" --format=markdown --by_group | awk -v layer="$layer" \
-                -v heading="$heading" 'NR == 3 && heading { print heading $0 }
-                NR == 4 && heading { print "| --- " $0 }
-                NR == 5 { row = $0 }
-                /average of the parts/ { row = $0 }
-                END { print "| " layer " " row }'
-            heading=''
+            "$gemfilter" compare "$output/layer_$layer.jsonl" --format=json --by_group >"$output/layer_$layer.json" || exit
         done
+        "${PYTHON:-python3}" - "$output" "$layers" <<'SWEEP'
+import json
+import pathlib
+import sys
+
+folder, layers = pathlib.Path(sys.argv[1]), sys.argv[2].split(",")
+print("Averages of the parts. `gemfilter compare --by_group layer_N.jsonl` shows the parts.\n")
+print("| layer | parts | examples | unanswered | average score |\n| --- | --- | --- | --- | --- |")
+remarks = []
+for layer in layers:
+    made = json.loads((folder / f"layer_{layer}.json").read_text())
+    parts = made["rows"]
+    scores = [part["scores"]["score"]["value"] for part in parts if part["scores"]]
+    average = f"{sum(scores) / len(scores):.3f}" if len(scores) == len(parts) else "-"
+    examples, unanswered = (sum(part[name] for part in parts) for name in ("examples", "errors"))
+    print(f"| {layer} | {len(parts)} | {examples} | {unanswered} | {average} |")
+    remarks += [f"- layer {layer}: {remark}" for remark in made["remarks"]]
+print("\n".join(["", *remarks]))
+SWEEP
     fi
     printf '\n## Time and memory by length\n\n%s\n\n```\n' "Seconds are medians; \"full / this\" is the median ratio of \
-runs in turns. On a CPU the memory is that of the whole process at its peak, on other devices that of their allocator. \
+runs in turns. On a CPU the memory is that of the whole process at its peak. On other devices it is the highest so far, of all methods \
+that ran before, and says nothing about one method. \
 ![time and memory by length](bench.png)"
     cat "$output/bench.txt"
     printf '```\n'

@@ -19,7 +19,9 @@ options.define_options(FLAGS, ["order"])
 options.define_comparison(FLAGS, lengths=["1024", "2048", "4096"])
 options.define_distributed(FLAGS)
 flags.DEFINE_string("output", None, "Write the result as JSON to this file.", flag_values=FLAGS)
-flags.DEFINE_string("plot", None, "Plot time and memory by length to this file; needs matplotlib.", flag_values=FLAGS)
+flags.DEFINE_string(
+    "plot", None, "Plot time and, on CPU, memory by length to this file; needs matplotlib.", flag_values=FLAGS
+)
 flags.DEFINE_integer("max_new_tokens", 32, "Tokens that every run generates.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer(
     "repeats", 3, "Timed runs of each method, after one run to compile.", lower_bound=1, flag_values=FLAGS
@@ -51,6 +53,8 @@ def main(_: list[str]) -> None:
     environment = bench.environment()
     title = f"{model.checkpoint.name} on {environment['device']}, {environment['machine']}, jax {environment['jax']}"
     terminal.print_table(terminal.table(title, _COLUMNS, [_cells(row) for row in rows]))
+    if FLAGS.plot:
+        plots.time_and_memory(rows, title, FLAGS.plot, memory=bench.peaks_are_apart())
     if FLAGS.output:
         result = {
             "command": "bench",
@@ -62,8 +66,6 @@ def main(_: list[str]) -> None:
             "rows": [dataclasses.asdict(row) for row in rows],
         }
         files.write_whole(FLAGS.output, json.dumps(result, indent=1) + "\n")
-    if FLAGS.plot:
-        plots.time_and_memory(rows, title, FLAGS.plot)
 
 
 def _cells(row) -> list[str]:

@@ -63,7 +63,7 @@ def main(paths: list[str]) -> None:
         made = score_tables.as_json(results, compared, by_group=FLAGS.by_group)
         print(json.dumps(made | {"baseline": FLAGS.baseline, "score": score}, indent=1))
     elif FLAGS.format == "markdown":
-        caption = score_tables.compared_title(score, FLAGS.baseline) if compared else ""
+        caption = score_tables.compared_title(score, FLAGS.baseline)
         print(score_tables.markdown(results, compared, caption, by_group=FLAGS.by_group))
     else:
         terminal.print_table(score_tables.rich_table(results, by_group=FLAGS.by_group))

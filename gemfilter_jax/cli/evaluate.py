@@ -78,7 +78,8 @@ _define_tasks(FLAGS)
 
 def main(_: list[str]) -> None:
     """Run the command."""
-    if FLAGS.output and processes.is_first():
+    path = pathlib.Path(FLAGS.output) if FLAGS.output and processes.is_first() else None
+    if path:
         files.check_writable(FLAGS.output, "output")
     lengths = options.lengths(FLAGS)
     options.check_methods(FLAGS)
@@ -88,7 +89,12 @@ def main(_: list[str]) -> None:
     if not task.sized and FLAGS["lengths"].present:
         raise UserError(f"--lengths means nothing to --task={task.name}, whose texts have lengths of their own")
     shard = _shard()
+    with result_file.locked(path) if path else contextlib.nullcontext(), _way_on(path):
+        _evaluate(task, lengths, shard, path)
 
+
+def _evaluate(task: "Task", lengths: list[int], shard: tuple[int, int], path: pathlib.Path | None) -> None:
+    """Run what is left of a run, and print the table of the whole."""
     from gemfilter_jax.evals import runner
     from gemfilter_jax.reporting import score_tables, terminal
 
@@ -100,17 +106,15 @@ def main(_: list[str]) -> None:
     with terminal.status(progress, "making examples"):
         tokenizer = model.checkpoint.tokenizer
         asked = runner.trials(task, tokenizer, lengths, contestants, shard=shard)
-    heading = _heading(task, lengths, contestants, model, len(asked))
-    path = pathlib.Path(FLAGS.output) if FLAGS.output and processes.is_first() else None
-    with result_file.locked(path) if path else contextlib.nullcontext(), _way_on(path):
-        lines = list(result_file.resume(path, heading, asked).lines) if path else []
-        done = processes.of_first(len(lines))
-        with score_tables.running(progress, lines, len(asked), heading["main_score"]) as report:
-            for trial, outcome in runner.run(model, task, asked[done:], answer=FLAGS.answer):
-                lines.append(result_file.Line.of(trial, outcome))
-                if path:
-                    result_file.append(path, lines[-1])
-                report(lines[-1])
+    heading = _heading(task, lengths, contestants, model, len(asked), shard)
+    lines = list(result_file.resume(path, heading, asked).lines) if path else []
+    done = processes.of_first(len(lines))
+    with score_tables.running(progress, lines, len(asked), heading["main_score"]) as report:
+        for trial, outcome in runner.run(model, task, asked[done:], answer=FLAGS.answer):
+            lines.append(result_file.Line.of(trial, outcome))
+            if path:
+                result_file.append(path, lines[-1])
+            report(lines[-1])
     if processes.is_first():
         results = result_file.ResultFile(heading, tuple(lines))
         terminal.print_table(score_tables.rich_table(results))
@@ -130,7 +134,12 @@ def _way_on(path: pathlib.Path | None) -> "Iterator[None]":
 
 
 def _heading(
-    task: "Task", lengths: list[int], contestants: "list[Contestant]", model: "Pipeline", trials: int
+    task: "Task",
+    lengths: list[int],
+    contestants: "list[Contestant]",
+    model: "Pipeline",
+    trials: int,
+    shard: tuple[int, int],
 ) -> "dict[str, Any]":
     """What a result file says of its run."""
     from gemfilter_jax.evals import bench
@@ -151,7 +160,7 @@ def _heading(
         "weights": FLAGS.weights,
         "chat_template": model.chat_template and bool(model.checkpoint.tokenizer.chat_template),
         "message_format": model.message_format,
-        "shard": FLAGS.shard,
+        "shard": f"{shard[0] + 1}/{shard[1]}" if FLAGS.shard else None,
         "environment": bench.environment(),
     }
 

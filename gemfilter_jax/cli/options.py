@@ -382,16 +382,18 @@ def check_methods(values: flags.FlagValues) -> None:
 def check_plots(values: flags.FlagValues, *names: str) -> None:
     """Raise a `UserError` if a plot cannot be drawn, or written to the file that one of these flags names."""
     taken: dict[pathlib.Path, str] = {}
-    for name in names:
-        if not (path := values[name].value):
+    for name in (*names, "output"):
+        path = values[name].value if name in values else None
+        if not path:
             continue
-        files.check_writable(path, name)
-        if pathlib.Path(path).suffix not in _PLOTS:
-            raise UserError(f"--{name}={path}: expected a name that ends in {', '.join(_PLOTS)}")
         other = taken.setdefault(pathlib.Path(path).resolve(), name)
         if other != name:
             raise UserError(f"--{other} and --{name} are both {path}; give two files")
-    if taken and importlib.util.find_spec("matplotlib") is None:
+        if name in names:
+            files.check_writable(path, name)
+            if pathlib.Path(path).suffix not in _PLOTS:
+                raise UserError(f"--{name}={path}: expected a name that ends in {', '.join(_PLOTS)}")
+    if set(taken.values()) & set(names) and importlib.util.find_spec("matplotlib") is None:
         raise UserError("plots need matplotlib; install it with pip install matplotlib, or ask for none")
 
 

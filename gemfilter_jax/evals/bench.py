@@ -52,7 +52,9 @@ def environment() -> dict[str, str]:
         "jaxlib": importlib.metadata.version("jaxlib"),
         "flax": importlib.metadata.version("flax"),
         "gemfilter_jax": importlib.metadata.version("gemfilter_jax"),
-        "memory": "peak resident set of the process" if _resident() else "peak bytes in use on the device, so far",
+        "memory": "peak resident set of the process"
+        if peaks_are_apart()
+        else "peak bytes in use on the device, so far",
     }
 
 
@@ -102,7 +104,7 @@ def _total(result) -> float:
 
 def peak_memory() -> int:
     """Peak bytes: on CPU, the process's resident set since the last reset; on accelerators, device memory so far."""
-    if _resident():
+    if peaks_are_apart():
         status = pathlib.Path("/proc/self/status").read_text()
         line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
@@ -110,9 +112,10 @@ def peak_memory() -> int:
 
 
 def _reset_peak() -> None:
-    if _resident():
+    if peaks_are_apart():
         pathlib.Path("/proc/self/clear_refs").write_text(_CLEAR_PEAK)
 
 
-def _resident() -> bool:
+def peaks_are_apart() -> bool:
+    """Whether `peak_memory` is a run's own. Accelerators tell the highest peak so far, of all methods."""
     return jax.default_backend() == "cpu" and sys.platform == "linux"

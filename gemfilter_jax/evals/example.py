@@ -3,6 +3,15 @@
 import dataclasses
 import hashlib
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def token_count(tokenizer: "PreTrainedTokenizerBase", text: str) -> int:
+    """Length of a text in tokens, without special tokens."""
+    return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +49,7 @@ class Example:
     @property
     def digest(self) -> str:
         """16 hexadecimal digits, equal for equal examples."""
-        return hashlib.blake2b(repr(dataclasses.astuple(self)).encode(), digest_size=8).hexdigest()
+        return hashlib.blake2b(ascii(dataclasses.astuple(self)).encode(), digest_size=8).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from gemfilter_jax.errors import UserError
+from gemfilter_jax.evals.example import token_count
 
 if TYPE_CHECKING:  # commands check a folder of texts before they import the rest
     from transformers import PreTrainedTokenizerBase
@@ -60,11 +61,6 @@ def of_folder_or_essays(folder: str | None) -> tuple[str, ...]:
     return built_in("essays") if folder is None else read_folder(pathlib.Path(folder))
 
 
-def token_count(tokenizer: "PreTrainedTokenizerBase", text: str) -> int:
-    """Length of a text in tokens, without special tokens."""
-    return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
 @dataclasses.dataclass(frozen=True)
 class Haystack:
     """A long text and the ends of its tokens.
@@ -113,7 +109,7 @@ def tokens_besides(tokenizer: "PreTrainedTokenizerBase", facts: Sequence[str], t
     Raises:
       UserError: none is left.
     """
-    added = len(tokenizer(_PARAGRAPH_BREAK.join(facts), add_special_tokens=False)["input_ids"])
+    added = token_count(tokenizer, _PARAGRAPH_BREAK.join(facts))
     if added >= tokens:
         raise UserError(f"{len(facts)} facts take {added} tokens, the text is to have {tokens}; ask for a longer one")
     return tokens - added

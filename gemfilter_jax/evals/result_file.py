@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import NoneType
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 _WHERE_IT_RAN = "environment"
 _LONGEST = 1e9  # seconds
+_MOST_TOKENS = 1e12
 _LONGEST_SHOWN = 200  # characters of a heading's field in an error
 _OF_THE_BUDGET = ("keep", "share")  # options of a method that budgets differ in
 _HEADING: dict[str, type | tuple[type, ...]] = {
@@ -130,6 +132,11 @@ class Line:
         """See `Contestant.label`."""
         return label(self.method, self.keep)
 
+    @property
+    def generated(self) -> bool:
+        """Whether the model answered, with whatever text."""
+        return "prefill" in self.seconds
+
 
 def label(method: str, keep: int | str) -> str:
     """A method and its budget as one word."""
@@ -142,12 +149,12 @@ class ResultFile:
 
     Attributes:
       heading: what ran: task and its options, model, methods, number of trials, environment.
-      missing: what the files lack, a remark each: results of a run that has not finished, and shards.
+      remarks: what tables of the files do not show: unfinished runs, missing shards, other options of the task.
     """
 
     heading: Mapping[str, Any]
     lines: tuple[Line, ...]
-    missing: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
 
 def resume(path: pathlib.Path, heading: Mapping[str, Any], asked: Sequence["Trial"]) -> ResultFile:
@@ -208,12 +215,12 @@ def _difference(name: str, found: Any, now: Any) -> str:
             return f"its methods are {', '.join(before)}, now they are {', '.join(after)}"
     shown = (json.dumps(value) for value in (found, now))
     was, is_now = (one if len(one) <= _LONGEST_SHOWN else f"{one[:_LONGEST_SHOWN]}..." for one in shown)
-    return f"its {name} is {was}, now it is {is_now}"
+    return f"its field {name!r} is {was}, now it is {is_now}"
 
 
 @contextlib.contextmanager
 def locked(path: pathlib.Path) -> Iterator[None]:
-    """Keep other runs from writing a result file, where its file system has locks. The file exists afterwards.
+    """Keep other runs from writing a result file, where its file system has locks. No empty file is left.
 
     Raises:
       UserError: another run is writing it, or it cannot be written.
@@ -231,7 +238,11 @@ def locked(path: pathlib.Path) -> Iterator[None]:
             raise UserError(f"{path}: another run is writing it; wait for that, or give a new file") from error
         except OSError:
             pass  # some network file systems have no locks
-        yield
+        try:
+            yield
+        finally:
+            if path.exists() and not path.stat().st_size:
+                path.unlink()
 
 
 def append(path: pathlib.Path, line: Line) -> None:
@@ -284,7 +295,7 @@ def read(paths: Iterable[pathlib.Path]) -> ResultFile:
     return ResultFile(
         _merged(headings) if headings else {},
         tuple(sorted(lines.values(), key=lambda one: (one.length or 0, sort_key[one.contestant], one.number))),
-        (*missing, *_missing_shards(headings)),
+        (*missing, *_missing_shards(headings), *_other_options(headings)),
     )
 
 
@@ -292,8 +303,13 @@ def _heading(text: bytes, path: pathlib.Path) -> dict[str, Any]:
     """The heading of a file."""
     heading = _object(text, f"{path}: line 1")
     wrong = [name for name, kind in _HEADING.items() if not isinstance(heading.get(name, ...), kind)]
-    if not wrong and not all(_fits(one, _METHOD) for one in heading["methods"]):
-        wrong = ["methods"]
+    if not wrong:
+        sound = {
+            "methods": all(_fits(one, _METHOD) for one in heading["methods"]),
+            "lengths": all(isinstance(length, int) for length in heading["lengths"] or ()),
+            "shard": heading["shard"] is None or re.fullmatch(r"[1-9]\d{0,8}/[1-9]\d{0,8}", heading["shard"]),
+        }
+        wrong = [name for name, fits in sound.items() if not fits]
     if wrong:
         raise UserError(f"{path}: line 1 lacks a sound {wrong[0]!r}; give a file that gemfilter evaluate has written")
     return heading
@@ -338,13 +354,29 @@ def _merged(headings: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _missing_shards(headings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A remark for each number of parts of which not all have a file."""
-    given = [heading["shard"].partition("/") for heading in headings if heading["shard"] is not None]
+    """A remark for each run of which not all shards have a file."""
+    runs: dict[str, set[int]] = {}
+    counts: dict[str, int] = {}
+    for heading in headings:
+        if heading["shard"] is not None:
+            index, count = map(int, heading["shard"].split("/"))
+            methods = [(one["method"], one["keep"]) for one in heading["methods"]]
+            run = json.dumps([count, heading["options"], heading["lengths"], heading["answer"], methods])
+            runs.setdefault(run, set()).add(index)
+            counts[run] = count
+    return [
+        f"of {counts[run]} shards of a run only these are given: {', '.join(map(str, sorted(given)))}"
+        for run, given in runs.items()
+        if len(given) < counts[run]
+    ]
+
+
+def _other_options(headings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A remark for each option of the task that differs between files."""
     remarks = []
-    for count in dict.fromkeys(count for _, _, count in given):
-        indices = {index for index, _, other in given if other == count}
-        if str(len(indices)) != count:
-            remarks.append(f"only shard {', '.join(sorted(indices))} of {count} is given")
+    for name in dict.fromkeys(name for heading in headings for name in heading["options"]):
+        values = list(dict.fromkeys(json.dumps(heading["options"].get(name)) for heading in headings))
+        remarks += [f"files differ in {name}: {', '.join(values)}"] * (len(values) > 1)
     return remarks
 
 
@@ -366,6 +398,8 @@ def _line(text: bytes, where: str) -> Line:
     fields = _object(text, where)
     if not _fits(fields, _TYPES):
         raise UserError(f"{where} is no result: expected the fields {', '.join(sorted(_TYPES))}")
+    if not all(_is_number(fields[name] or 0, _MOST_TOKENS) for name in ("tokens", "prompt_tokens")):
+        raise UserError(f"{where} is no result: expected numbers of tokens")
     if not all(_is_number(value, 1) for value in fields["scores"].values()):
         raise UserError(f"{where} is no result: expected scores from 0 to 1")
     if not all(_is_number(value, _LONGEST) for value in fields["seconds"].values()):

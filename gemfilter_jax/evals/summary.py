@@ -65,7 +65,7 @@ def _bootstrap(values: Sequence[float]) -> tuple[float, float]:
     import numpy as np
 
     rng, held = np.random.default_rng(_SEED), np.asarray(values)
-    means = [rng.choice(held, len(held)).mean() for _ in range(_RESAMPLES)]
+    means = np.concatenate([rng.choice(held, (_RESAMPLES // 9, len(held))).mean(axis=1) for _ in range(9)])
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
 

@@ -65,7 +65,8 @@ def recall(judged: "Sequence[LayerRecall]", target: float, path: str) -> None:
 def heat_maps(results: "ResultFile", score: str, path: str) -> None:
     """Plot the mean score by length and part of the task, one panel for each method and budget, its mean in the title.
 
-    Colours are those of viridis, which people with any form of colour vision tell apart; hatched cells have no answer.
+    Colours are those of viridis, which people with any form of colour vision tell apart; hatched cells were not
+    asked, or have no answer.
     """
     from matplotlib.figure import Figure
 
@@ -79,7 +80,7 @@ def heat_maps(results: "ResultFile", score: str, path: str) -> None:
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     places = _places(contestants, columns) if budgets > 1 else range(len(contestants))
-    unanswered = False
+    hatched = False
     for index, contestant in zip(places, contestants, strict=True):
         own = [line for line in results.lines if line.contestant == contestant and score in line.scores]
         grid = np.full((len(parts), len(lengths)), np.nan)
@@ -91,7 +92,7 @@ def heat_maps(results: "ResultFile", score: str, path: str) -> None:
         axes = panels[index // columns][index % columns]
         axes.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto", zorder=1)
         if np.isnan(grid).any():
-            unanswered = True
+            hatched = True
             axes.patch.set(facecolor="white", edgecolor="0.5", hatch="////")
         average = f"{sum(line.scores[score] for line in own) / len(own):.3f}" if own else "none"
         axes.set_title(f"{result_file.label(*contestant)}: {average}", fontsize=10)
@@ -100,9 +101,10 @@ def heat_maps(results: "ResultFile", score: str, path: str) -> None:
     for index, axes in enumerate(panels.flat):
         if index not in places:
             axes.set_axis_off()
-            panels.flat[index - columns].tick_params(labelbottom=True)
+            if index >= columns:
+                panels.flat[index - columns].tick_params(labelbottom=True)
     figure.colorbar(panels[0][0].images[0], ax=panels, label=score.replace("_", " "), shrink=0.8)
-    figure.suptitle(_title(results) + "\n(hatched: no answer)" * unanswered, fontsize=11)
+    figure.suptitle(_title(results) + "\n(hatched: not asked, or no answer)" * hatched, fontsize=11)
     figure.supxlabel("text tokens", fontsize=10)
     figure.supylabel(results.heading["parts"], fontsize=10)
     _write(figure, path)
@@ -142,7 +144,7 @@ def by_budget(results: "ResultFile", score: str, path: str) -> None:
                     axes.axhline(one.scores[score].value, linestyle="--", **style)
         axes.set_title("own lengths" if length is None else f"{length:,} tokens", fontsize=10)
         axes.set_xticks(range(len(budgets)), [f"{one:,}" for one in budgets])
-        axes.set(xlabel="tokens kept", xlim=(-0.5, len(budgets) - 0.5), ylim=(-0.03, 1.03))
+        axes.set(xlabel="tokens kept", xlim=(-0.5, max(len(budgets), 1) - 0.5), ylim=(-0.03, 1.03))
         axes.grid(alpha=0.3)
     panels[0].set_ylabel(score.replace("_", " "))
     shown = {name: handle for axes in panels for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
@@ -154,26 +156,29 @@ def by_budget(results: "ResultFile", score: str, path: str) -> None:
 
 
 @_texts_as_they_are
-def time_and_memory(rows: "Sequence[Row]", title: str, path: str) -> None:
-    """Plot median seconds of all stages and peak memory by prompt length, a line for each method.
+def time_and_memory(rows: "Sequence[Row]", title: str, path: str, *, memory: bool) -> None:
+    """Plot median seconds of all stages and, if asked for, peak memory by prompt length, a line for each method.
 
     Args:
       title: what was measured, on which device.
+      memory: whether each row's peak is its own.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    seconds, memory = figure.subplots(1, 2)
+    figure = Figure(figsize=(9 if memory else 5.5, 4), layout="constrained")
+    values = {"seconds of all stages": lambda row: row.total}
+    if memory:
+        values["peak memory, GB"] = lambda row: row.peak_bytes / 1e9
+    panels = figure.subplots(1, len(values), squeeze=False)[0]
     for index, name in enumerate(dict.fromkeys(row.method for row in rows)):
         own = [row for row in rows if row.method == name]
-        lengths = [row.prompt_tokens for row in own]
         style = {"color": _OKABE_ITO[index % len(_OKABE_ITO)], "marker": _MARKERS[index % len(_MARKERS)], "label": name}
-        seconds.plot(lengths, [row.total for row in own], **style)
-        memory.plot(lengths, [row.peak_bytes / 1e9 for row in own], **style)
-    for axes, label in ((seconds, "seconds of all stages"), (memory, "peak memory, GB")):
+        for axes, value in zip(panels, values.values(), strict=True):
+            axes.plot([row.prompt_tokens for row in own], [value(row) for row in own], **style)
+    for axes, label in zip(panels, values, strict=True):
         axes.set(xlabel="prompt tokens", ylabel=label, ylim=(0, None))
         axes.grid(alpha=0.3)
-    figure.legend(*seconds.get_legend_handles_labels(), loc="outside right center", fontsize=9)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=9)
     figure.suptitle(printable(title), fontsize=11)
     _write(figure, path)
 

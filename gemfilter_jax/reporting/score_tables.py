@@ -88,17 +88,17 @@ def title(results: "ResultFile") -> str:
 
 
 def remarks(results: "ResultFile") -> list[str]:
-    """What a reader of the table must know: what the files lack, why examples have no answer, and empty answers."""
+    """What a reader of the table must know: `ResultFile.remarks`, why examples have no answer, and empty answers."""
     reasons: dict[str, list[str]] = {}
     empty: collections.Counter[str] = collections.Counter()
     for line in results.lines:
         if line.error is not None:
             reasons.setdefault(line.label, []).append(line.error)
-        elif results.heading["answer"] and not line.answer.strip():
+        elif line.generated and not line.answer.strip():
             empty[line.label] += 1
     unanswered = [f"{label}: {len(own)} unanswered; the first: {own[0]}" for label, own in reasons.items()]
     silent = [f"{label}: {count} of the answers are empty" for label, count in empty.items()]
-    return [printable(one) for one in (*results.missing, *unanswered, *silent)]
+    return [printable(one) for one in (*results.remarks, *unanswered, *silent)]
 
 
 def rich_table(results: "ResultFile", *, by_group: bool = False) -> "Table":
@@ -159,12 +159,12 @@ def compared_title(score: str, baseline: str) -> str:
 
 
 def markdown(
-    results: "ResultFile", compared: Compared | None = None, comparison: str = "", *, by_group: bool = False
+    results: "ResultFile", compared: Compared | None = None, caption: str = "", *, by_group: bool = False
 ) -> str:
-    """The tables in Markdown, with captions; `comparison` is that of `compared`."""
+    """The tables in Markdown, with captions; `caption` is that of the comparisons."""
     made = [_in_markdown(title(results)), _markdown(*_columns(results, by_group=by_group))]
     if compared:
-        made += [_in_markdown(comparison), _markdown(*_compared_columns(compared))]
+        made += [_in_markdown(caption), _markdown(*_compared_columns(compared))]
     if told := remarks(results):
         made.append("\n".join(f"- {_in_markdown(one)}" for one in told))
     return "\n\n".join(made)

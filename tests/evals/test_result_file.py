@@ -103,9 +103,9 @@ def test_a_torn_heading_is_written_anew(path, left):
 @pytest.mark.parametrize(
     ("heading", "lines", "words"),
     [
-        (HEADING | {"task": "ruler"}, LINES, 'its task is "ruler", now it is "needles"'),
-        (HEADING | {"shard": "1/2"}, LINES, 'its shard is "1/2", now it is null'),
-        (HEADING | {"more": 1}, LINES, "its more is 1, now it is null"),
+        (HEADING | {"task": "ruler"}, LINES, 'its field \'task\' is "ruler", now it is "needles"'),
+        (HEADING | {"shard": "1/2"}, LINES, "its field 'shard' is \"1/2\", now it is null"),
+        (HEADING | {"more": 1}, LINES, "its field 'more' is 1, now it is null"),
         (
             HEADING | {"methods": [*HEADING["methods"], {"method": "bm25", "keep": 64, "options": {}}]},
             LINES,
@@ -114,7 +114,7 @@ def test_a_torn_heading_is_written_anew(path, left):
         (
             HEADING | {"methods": [{"method": "full", "keep": "all", "options": {"seed": 1}}]},
             LINES,
-            r"its methods is \[.*\"seed\": 1.*, now it is",
+            r"its field 'methods' is \[.*\"seed\": 1.*, now it is",
         ),
         (HEADING, LINES[1:], "line 2 is of another run"),
         (HEADING, [dataclasses.replace(LINES[0], number=1)], "line 2 is of another run"),
@@ -155,7 +155,13 @@ def test_a_file_of_somebody_else_is_left_alone(path, held):
             for changes in (
                 *({"length": [1]}, {"expected": None}, {"scores": {"right": "x"}}, {"more": 1}),
                 *({"scores": {"right": float("nan")}}, {"scores": {"right": 10**400}}, {"scores": {"right": -0.5}}),
-                *({"seconds": {"filter": float("inf")}}, {"seconds": {"filter": -1}}, {"error": "and scores"}),
+                *(
+                    {"tokens": 10**400},
+                    {"prompt_tokens": -1},
+                    {"seconds": {"filter": float("inf")}},
+                    {"seconds": {"filter": -1}},
+                    {"error": "and scores"},
+                ),
             )
         ),
     ],
@@ -179,11 +185,11 @@ def test_a_file_that_cannot_be_written_is_told(tmp_path):
 def test_files_of_one_task_are_taken_together(tmp_path):
     first, second = tmp_path / "1.jsonl", tmp_path / "2.jsonl"
     write(first, HEADING | {"shard": "1/2", "trials": 1}, LINES[:1])
-    write(second, HEADING | {"shard": "2/2", "environment": {}, "trials": 2, "lengths": [100, 200]}, LINES[1:])
+    write(second, HEADING | {"shard": "2/2", "environment": {}, "trials": 2}, LINES[1:])
     together = result_file.read([first, second])
     assert together.lines == tuple(LINES)
-    assert together.missing == ()
-    assert together.heading == HEADING | {"shard": "1/2, 2/2", "trials": 3, "lengths": [100, 200]}
+    assert together.remarks == ()
+    assert together.heading == HEADING | {"shard": "1/2, 2/2", "trials": 3}
     with pytest.raises(UserError, match=r"1\.jsonl: line 2 repeats a result of full for 'n0'"):
         result_file.read([first, first])
     again = write(tmp_path / "3.jsonl", HEADING, [dataclasses.replace(LINES[0], answer="another")])
@@ -222,10 +228,45 @@ def test_what_files_lack_is_told(tmp_path):
     torn, shard = tmp_path / "1.jsonl", tmp_path / "2.jsonl"
     write(torn, lines=LINES[:2])
     write(shard, HEADING | {"shard": "2/3", "trials": 1}, LINES[2:])
-    assert result_file.read([torn, shard]).missing == (
+    assert result_file.read([torn, shard]).remarks == (
         f"{torn} is not finished: it has 2 of 3 results",
-        "only shard 2 of 3 is given",
+        "of 3 shards of a run only these are given: 2",
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "remarks"),
+    [
+        ({}, []),
+        (
+            {"methods": []},
+            ["of 2 shards of a run only these are given: 1", "of 2 shards of a run only these are given: 2"],
+        ),
+        (
+            {"lengths": [200]},
+            ["of 2 shards of a run only these are given: 1", "of 2 shards of a run only these are given: 2"],
+        ),
+        (
+            {"options": {"seed": 1}},
+            [
+                "of 2 shards of a run only these are given: 1",
+                "of 2 shards of a run only these are given: 2",
+                "files differ in seed: 0, 1",
+            ],
+        ),
+    ],
+)
+def test_shards_are_of_one_run(changes, remarks, tmp_path):
+    first = write(tmp_path / "1.jsonl", HEADING | {"shard": "1/2", "trials": 1}, LINES[:1])
+    second = write(tmp_path / "2.jsonl", HEADING | {"shard": "2/2", "trials": 2} | changes, LINES[1:])
+    assert list(result_file.read([first, second]).remarks) == remarks
+
+
+def test_shards_are_in_order_of_their_numbers(tmp_path):
+    files = [
+        write(tmp_path / f"{index}.jsonl", HEADING | {"shard": f"{index}/11", "trials": 0}, []) for index in (10, 2)
+    ]
+    assert result_file.read(files).remarks == ("of 11 shards of a run only these are given: 2, 10",)
 
 
 def test_a_file_is_written_by_one_run_at_a_time(path):
@@ -239,6 +280,13 @@ def test_a_file_is_written_by_one_run_at_a_time(path):
         pass
     with pytest.raises(OSError, match="of something else"), result_file.locked(path):
         raise OSError("of something else")
+    assert path.exists()
+
+
+def test_a_run_that_writes_nothing_leaves_no_file(path):
+    with pytest.raises(UserError, match="no such model"), result_file.locked(path):
+        raise UserError("no such model")
+    assert not path.exists()
 
 
 def test_lines_are_sorted_by_length_method_and_number(tmp_path):
@@ -256,6 +304,8 @@ def test_lines_are_sorted_by_length_method_and_number(tmp_path):
         (b"", "line 1 is not JSON"),
         (json.dumps(HEADING | {"methods": [3]}).encode() + b"\n", "line 1 lacks a sound 'methods'"),
         (json.dumps(HEADING | {"trials": "3"}).encode() + b"\n", "line 1 lacks a sound 'trials'"),
+        (json.dumps(HEADING | {"lengths": [[1]]}).encode() + b"\n", "line 1 lacks a sound 'lengths'"),
+        (json.dumps(HEADING | {"shard": "1/02"}).encode() + b"\n", "line 1 lacks a sound 'shard'"),
         (json.dumps(HEADING | {"model": "\ud800"}).encode() + b"\n", "line 1 has half of a surrogate pair"),
     ],
 )

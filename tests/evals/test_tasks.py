@@ -218,7 +218,7 @@ def test_a_third_task_is_one_class_and_one_registry_line(
     ]
     shown = capsys.readouterr().out
     assert "Repeated words" in shown
-    assert "0.25" in shown
+    assert re.search(r"│ +0\.25 │", shown)
 
 
 def test_the_example_in_the_documentation(tokenizer):

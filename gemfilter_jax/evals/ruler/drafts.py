@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.evals import haystack
+from gemfilter_jax.evals.example import token_count
 
 if TYPE_CHECKING:  # commands read the tasks' options before they import JAX
     from transformers import PreTrainedTokenizerBase
@@ -97,7 +98,7 @@ def fitted(
     best, nearest = Draft(""), math.inf
     for step in itertools.count():
         draft = compose(size)
-        found = haystack.token_count(tokenizer, draft.text)
+        found = token_count(tokenizer, draft.text)
         if abs(found - tokens) < abs(nearest - tokens):
             best, nearest = draft, found
         if found < tokens:

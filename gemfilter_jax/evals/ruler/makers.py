@@ -7,8 +7,7 @@ import string
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from gemfilter_jax.evals import haystack
-from gemfilter_jax.evals.example import Example
+from gemfilter_jax.evals.example import Example, token_count
 from gemfilter_jax.evals.ruler import drafts
 from gemfilter_jax.evals.ruler.documents import Documents
 from gemfilter_jax.evals.ruler.drafts import NOISE, Draft
@@ -272,7 +271,7 @@ def _too_few(maker: Maker, common: Sequence[str], others: Sequence[str], repeats
     if repeats.common * len(common) + repeats.other * len(others) >= maker.tokens:
         return False  # an item takes a token or more
     longest = _word_list(common, others, repeats.common, repeats.other, maker.random("order"))
-    return haystack.token_count(maker.tokenizer, longest) < maker.tokens
+    return token_count(maker.tokenizer, longest) < maker.tokens
 
 
 def _parted(words: Sequence[str], repeats: _Repeats) -> tuple[list[str], list[str], list[str]]:

@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from gemfilter_jax.errors import UserError
-from gemfilter_jax.evals import haystack, jsonl, longbench_metrics
-from gemfilter_jax.evals.example import Example
+from gemfilter_jax.evals import jsonl, longbench_metrics
+from gemfilter_jax.evals.example import Example, token_count
 from gemfilter_jax.evals.task import Task
 from gemfilter_jax.settings import option
 
@@ -172,7 +172,7 @@ class LongBench(Task):
             text=text,
             question=question,
             references=line.answers,
-            tokens=haystack.token_count(tokenizer, text),
+            tokens=token_count(tokenizer, text),
             group=line.dataset,
             message_format=f"{dataset.before}{{text}}{{question}}",
             plain=dataset.plain,

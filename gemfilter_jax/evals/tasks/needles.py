@@ -136,7 +136,8 @@ class Needles(Task):
     def examples(self, tokenizer: "PreTrainedTokenizerBase", tokens: int) -> Iterator[Example]:
         """One example for each needle and depth, in about `tokens` tokens of text; the needle comes on top.
 
-        In short texts several depths mean the same place, which is asked for once, by the first of them.
+        In short texts several depths mean the same place. It is asked for once, by the first of them; the published
+        test asks it again.
         """
         for seed, needle in enumerate(self._needles):
             hay = haystack.pile(tokenizer, self._paragraphs, tokens, seed).first(tokens)

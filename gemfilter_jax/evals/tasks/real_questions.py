@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from gemfilter_jax.errors import UserError
-from gemfilter_jax.evals import haystack, jsonl, metrics
-from gemfilter_jax.evals.example import Example
+from gemfilter_jax.evals import jsonl, metrics
+from gemfilter_jax.evals.example import Example, token_count
 from gemfilter_jax.evals.task import Task
 from gemfilter_jax.settings import option
 
@@ -202,7 +202,7 @@ def _questions(number: int, line: jsonl.Line) -> list[Question]:
 
 def _examples(tokenizer: "PreTrainedTokenizerBase", documents: Sequence[Document]) -> Iterator[QuestionOfOne]:
     text = _SEPARATOR.join(document.text for document in documents)
-    tokens = haystack.token_count(tokenizer, text)
+    tokens = token_count(tokenizer, text)
     start = 0
     for document in documents:
         letters = _Letters.of(document.text)
