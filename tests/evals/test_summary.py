@@ -46,8 +46,9 @@ def test_a_mean_of_other_scores_has_a_bootstrap_interval():
     half = 1.96 * values.std() / np.sqrt(len(values))
     assert (made.value, *made.interval) == pytest.approx((0.5, 0.5 - half, 0.5 + half), abs=0.003)
     assert made == summary.mean(values.tolist(), binary=False)
-    low, high = summary.mean([11 / 12] * 7, binary=False).interval
-    assert low <= 11 / 12 <= high
+    alike = summary.mean([11 / 12] * 7, binary=False)
+    low, high = alike.interval
+    assert low <= alike.value <= high
     assert high - low < 1e-12
 
 
