@@ -4,8 +4,8 @@
 # usage: benchmarks/compare_methods.sh OUTPUT [QUESTIONS]
 #
 # OUTPUT gets a file of lines for each comparison, and plots. QUESTIONS is a folder with scientific_qa.jsonl and
-# multidoc_qa.jsonl of L-Eval (github.com/OpenLMLab/LEval, LEval-data). Lines about these hold texts of
-# others; a file of tables is made of each. All of it takes some three hours on two cores.
+# multidoc_qa.jsonl of L-Eval (github.com/OpenLMLab/LEval, LEval-data). Lines about these hold texts of others; a file of
+# tables is made of each.
 # GEMFILTER is the command (default: gemfilter).
 set -eu
 gemfilter=$(command -v "${GEMFILTER:-gemfilter}") || { echo "${GEMFILTER:-gemfilter} is not installed" >&2; exit 2; }

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from gemfilter_jax.evals.result_file import Line
 
-_RESAMPLES = 9_999
+_BLOCKS, _BLOCK = 9, 1_111  # resamples drawn together, which bounds memory
+_RESAMPLES = _BLOCKS * _BLOCK
 _FEWEST = 5  # values of which a bootstrap interval says something
 _COMPILE, _READ = "compile", "read"  # stages; see `pipeline.Result`
 _SEED = 0  # of the resamples, so that equal results give equal intervals
@@ -65,7 +66,7 @@ def _bootstrap(values: Sequence[float]) -> tuple[float, float]:
     import numpy as np
 
     rng, held = np.random.default_rng(_SEED), np.asarray(values)
-    means = np.concatenate([rng.choice(held, (_RESAMPLES // 9, len(held))).mean(axis=1) for _ in range(9)])
+    means = np.concatenate([rng.choice(held, (_BLOCK, len(held))).mean(axis=1) for _ in range(_BLOCKS)])
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
 
