@@ -15,6 +15,7 @@ from gemfilter_jax.checkpoints import embedded, hub, orbax_folder
 from gemfilter_jax.checkpoints.gguf_file import GGUFFile
 from gemfilter_jax.checkpoints.hf_folder import HuggingFaceFolder
 from gemfilter_jax.checkpoints.orbax_folder import OrbaxFolder
+from gemfilter_jax.checkpoints.random_weights import RandomWeights
 from gemfilter_jax.checkpoints.weights import BytesRead, Loading, abstract_decoder
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.models import shapes
@@ -25,8 +26,8 @@ from gemfilter_jax.parallel.sharding import MeshShape
 DTYPES = ("auto", "float32", "bfloat16")
 WEIGHTS = ("float", "int8")
 
-Opened = GGUFFile | HuggingFaceFolder | OrbaxFolder
-"""A model whose config is known and whose weights are still to be read."""
+Opened = GGUFFile | HuggingFaceFolder | OrbaxFolder | RandomWeights
+"""A model whose config is known and whose weights are still to be read or drawn."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,8 +144,8 @@ def open_checkpoint(source: str) -> Opened:
         return HuggingFaceFolder(hub.cached_or_downloaded(source))
     if source in shapes.names():
         raise UserError(
-            f"model {source!r} is a shape without weights, for `gemfilter plan`; give a folder, a .gguf file or a hub "
-            "id such as meta-llama/Llama-3.1-8B-Instruct"
+            f"model {source!r} is a shape without weights, for `gemfilter plan` and `gemfilter bench "
+            "--random_weights`; give a folder, a .gguf file or a hub id such as meta-llama/Llama-3.1-8B-Instruct"
         )
     close = difflib.get_close_matches(source, [embedded.NAME], cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if close else ""

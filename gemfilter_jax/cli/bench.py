@@ -1,6 +1,7 @@
 """Time methods on this device, in one process.
 
 gemfilter bench --lengths=1024,2048,4096,8000 --keep=512 --output=bench.json --plot=bench.png
+gemfilter bench --model=llama-3.1-8b --random_weights --lengths=32768,131000
 """
 
 import dataclasses
@@ -21,6 +22,13 @@ options.define_distributed(FLAGS)
 flags.DEFINE_string("output", None, "Write the result as JSON to this file.", flag_values=FLAGS)
 flags.DEFINE_string(
     "plot", None, "Plot time and, on CPU, memory by length to this file; needs matplotlib.", flag_values=FLAGS
+)
+flags.DEFINE_bool(
+    "random_weights",
+    False,
+    "Draw the weights, which time and memory do not depend on. --model may then be a shape of `gemfilter plan` or a "
+    "config.json.",
+    flag_values=FLAGS,
 )
 flags.DEFINE_integer("max_new_tokens", 32, "Tokens that every run generates.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer(

@@ -315,10 +315,14 @@ def load_pipeline(
     """
     from gemfilter_jax import checkpoints, pipeline
     from gemfilter_jax.methods import presets
+    from gemfilter_jax.planning import models
     from gemfilter_jax.reporting import terminal
     from gemfilter_jax.text import prompt
 
-    opened = checkpoints.open_checkpoint(values.model)
+    if "random_weights" in values and values.random_weights:
+        opened = checkpoints.RandomWeights(models.config_of(values.model), values.model)
+    else:
+        opened = checkpoints.open_checkpoint(values.model)
     if "preset" in values and values.preset is not None:
         preset = presets.read_preset(pathlib.Path(values.preset), opened.config)
     else:

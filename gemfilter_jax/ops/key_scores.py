@@ -61,8 +61,8 @@ def score_keys(
         device's shard. None if k is whole. If heads are sharded, q, k and `head_weights` are this device's shard.
       implementation: "pallas" for the platform's kernel (TPU, or NVIDIA Hopper on a GPU), "xla", or None. On TPU, None
         takes the kernel if there is one device or the call is inside a `shard_map`, because XLA cannot partition a
-        kernel. Elsewhere, and for inputs that the kernel does not support, None takes "xla". The GPU kernel is not yet
-        measured on hardware.
+        kernel. Elsewhere, and for inputs that the kernel does not support, None takes "xla". The GPU kernel's results
+        have not been compared on hardware yet.
 
     Returns:
       float32 [B, S], or [B, N, S] for N weightings. Under "none" padding keys score too: mask them by length.

@@ -2,8 +2,8 @@
 
 Axes as in `ops.key_scores`; R = H / G query heads per key head; M is R * W, padded to whole chunks of 64 rows. A thread
 block holds the rows of one key head, and asynchronous copies load its span of the keys in blocks of 64. Products use
-`wgmma`, which Blackwell does not have. The kernels compile for an H100 and are correct in Mosaic GPU's interpreter, but
-have not run on a GPU yet.
+`wgmma`, which Blackwell does not have. The kernels compile for an H100, are correct in Mosaic GPU's interpreter, and
+have been timed on an H200; their results have not been compared there yet.
 """
 
 import functools
@@ -51,6 +51,7 @@ def masses(
     weights = jnp.atleast_2d(head_weights.astype(jnp.float32))
     _refuse_what_cannot_be_served(q, k, len(weights))
     length, groups = k.shape[1], k.shape[2]
+    k = jnp.pad(k, ((0, 0), (0, -length % _BLOCK), (0, 0), (0, 0)))  # asynchronous copies take whole blocks
     repeats = q.shape[2] // groups
     queries = _padded(rearrange(q, "b w (g r) e -> b g (r w) e", g=groups), axis=2)
     first = jnp.where(rows < 0, length, 0 if window is None else rows - window + 1)
@@ -69,7 +70,7 @@ def masses(
         reference = jax.nn.logsumexp(_call(kernel, of_spans, blocks, k, queries, seen), axis=1)
     reference = reference if merge is None else merge(reference)
     to_sum = jnp.concatenate([reference[:, :, None], _padded(row_weights)], axis=2)
-    of_groups = (len(k), groups, len(weights), pl.cdiv(length, _BLOCK) * _BLOCK)
+    of_groups = (len(k), groups, len(weights), k.shape[1])
     kernel = functools.partial(_masses, scale=scale, largest_exponent=largest_exponent)
     scores = _call(kernel, of_groups, blocks, k, queries, seen, to_sum).sum(axis=1)[..., :length]
     block = jnp.arange(length) // _BLOCK

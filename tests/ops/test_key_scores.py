@@ -17,7 +17,8 @@ from gemfilter_jax.ops import dispatch
 from gemfilter_jax.ops.key_scores import score_keys, score_keys_by_all_rows
 
 _NORMALISATIONS = ("none", "softmax", "sink")
-_IMPLEMENTATIONS = ("xla", "pallas")
+_TPU_KERNELS = pytest.param("pallas", marks=pytest.mark.skipif(jax.default_backend() == "gpu", reason="TPU's alone"))
+_IMPLEMENTATIONS = ("xla", _TPU_KERNELS)
 
 _score = jax.jit(score_keys, static_argnames=("normalisation", "implementation"))
 
@@ -92,6 +93,7 @@ def test_all_rows_in_blocks_equal_all_rows_at_once(normalisation, window, implem
         _assert_close(scores[row], reference(q[row], rows, k[row], weights, normalisation, window), 1e-5)
 
 
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="another kernel with reasons of its own")
 def test_what_the_kernel_cannot_serve_is_refused_with_the_reason():
     q, rows, k, weights = inputs((2000,), 2000, 32, 8)
     with pytest.raises(UserError, match="pallas: 64000 rows and 8 x 16 keys leave no room in VMEM"):
