@@ -33,6 +33,7 @@ _METHODS = {
 _OTHERS = {
     "paper": GemFilter.paper(filter_layer=2, keep=48),
     "int8": dataclasses.replace(_DEFAULT, filter_precision="int8", head_weights=None),
+    "heads": dataclasses.replace(_DEFAULT, heads=("0/3", "1/0", "2/1:0.5"), normalisation="sink"),
 }
 EVICTING: dict[str, EvictingMethod] = {
     "snapkv": SnapKV(keep=48),

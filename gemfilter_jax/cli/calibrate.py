@@ -3,9 +3,10 @@
   gemfilter calibrate --model=smollm2 --output=preset.json --plot=recall.png
   gemfilter generate --preset=preset.json --prompt_file=book.txt --question="Who is the narrator?"
 
-Facts are hidden in texts and asked for, and the attention of every head of the first layers is recorded. Head weights
-are learned on one set of texts and facts and measured on another. The table shows, for each layer, the share of facts
-that is kept. The preset takes the earliest layer that meets the target, or the best one if none does.
+Facts are hidden in texts and asked for, half of them in words that the facts do not share, and the attention of every
+head of the first layers is recorded; --questions adds questions about documents. Weights of the heads are learned on
+some texts and questions and measured on others. The table shows, for each layer, the share of answers that is kept. The
+preset takes the earliest layer that is about as good as the best.
 """
 
 import pathlib
@@ -29,15 +30,29 @@ flags.DEFINE_string("plot", None, "Plot recall by layer and budget to this file;
 flags.DEFINE_integer(
     "keep", 512, "Budget, in tokens, for which the layer is chosen.", lower_bound=64, flag_values=FLAGS
 )
-flags.DEFINE_float("target", 0.97, "Share of facts that must be kept.", lower_bound=0, upper_bound=1, flag_values=FLAGS)
+flags.DEFINE_float(
+    "target",
+    0.97,
+    "Share of the best layer's recall that the chosen layer must have.",
+    lower_bound=0,
+    upper_bound=1,
+    flag_values=FLAGS,
+)
 flags.DEFINE_integer(
-    "layers", None, "Number of first layers to try. Default: 11 of 20.", lower_bound=1, flag_values=FLAGS
+    "layers", None, "Number of first layers to try. Default: two of three.", lower_bound=1, flag_values=FLAGS
+)
+flags.DEFINE_string(
+    "questions",
+    None,
+    "JSONL file of questions about documents, with the fields input, instructions and outputs, to learn from and "
+    "measure on besides.",
+    flag_values=FLAGS,
 )
 flags.DEFINE_integer(
     "tokens", 4096, "Length of the texts that recall is measured on.", lower_bound=512, flag_values=FLAGS
 )
-flags.DEFINE_integer("train", 60, "Questions for learning.", lower_bound=1, flag_values=FLAGS)
-flags.DEFINE_integer("held_out", 62, "Questions for measuring.", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer("train", 24, "Questions of each built-in kind for learning.", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer("held_out", 24, "Questions of each built-in kind for measuring.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer(
     "distractors", 2, "Facts in each text that look like the asked one.", lower_bound=0, flag_values=FLAGS
 )
@@ -62,7 +77,7 @@ def main(_: list[str]) -> None:
     from gemfilter_jax.reporting import plots, terminal
 
     def candidates(_: "Preset", config: "ModelConfig") -> int:
-        return FLAGS.layers or config.layers * 11 // 20 + 1
+        return FLAGS.layers or config.layers * 2 // 3
 
     model = options.load_pipeline(FLAGS, layers=candidates)
     config = model.checkpoint.model.config
@@ -77,17 +92,18 @@ def main(_: list[str]) -> None:
         seed=FLAGS.seed,
         filter_attention=FLAGS.filter_attention,
         filter_precision=FLAGS.filter_precision,
+        questions=FLAGS.questions,
     )
     with terminal.stages_progress(options.console()) as progress:
         judged, preset = calibration.calibrate(model, plan, paragraphs=paragraphs, progress=progress)
-    asked = judged[0].learned[0].facts
-    title = f"Share of {asked} facts kept, 95 % interval; {model.checkpoint.name}, {FLAGS.tokens:,} tokens"
+    total = judged[0].learned[0].counts[1]
+    title = f"Share of {total} answers kept, 95 % interval; {model.checkpoint.name}, {FLAGS.tokens:,} tokens"
     Console().print(terminal.table(title, _columns(judged), [_cells(one) for one in judged]))
     print(preset.source)
     if FLAGS.output:
         files.write_whole(FLAGS.output, presets.write_preset(preset, config))
     if FLAGS.plot:
-        plots.recall(judged, FLAGS.target, FLAGS.plot)
+        plots.recall(judged, FLAGS.plot)
 
 
 def _columns(judged: "list[LayerRecall]") -> list[str]:
@@ -95,19 +111,18 @@ def _columns(judged: "list[LayerRecall]") -> list[str]:
     return [
         "layer and heads",
         *(f"keep {keep}" for keep in budgets),
-        f"all heads, {budgets[-1]}",
-        f"layers up to it, {budgets[-1]}",
+        f"all heads alike, {budgets[-1]}",
+        f"without words, {budgets[-1]}",
     ]
 
 
 def _cells(one: "LayerRecall") -> list[str]:
     def cell(recall: "Recall") -> str:
-        low, high = recall.interval
-        return f"{recall.share:.2f} ({low:.2f}-{high:.2f})"
+        (kept, asked), (low, high) = recall.counts, recall.interval
+        return f"{kept / asked:.2f} ({low:.2f}-{high:.2f})"
 
-    heads = one.learned[-1].heads
-    named = ", ".join(f"{head}: {weight:g}" for head, weight in zip(heads.heads, heads.weights, strict=True))
-    return [f"{one.layer}  {named}", *map(cell, one.learned), cell(one.alike[-1]), cell(one.up_to[-1])]
+    named = " ".join(map(str, one.learned[-1].ranking.heads))
+    return [f"{one.layer}  {named}", *map(cell, one.learned), cell(one.alike[-1]), cell(one.attention[-1])]
 
 
 def run() -> None:

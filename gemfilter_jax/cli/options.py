@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # commands parse their flags before they import JAX, so that 
 
 _PLOTS = (".png", ".svg", ".pdf")
 _COMPARED = ("full", "default", "paper")
-_FILTER_OPTIONS = ("filter_layer", "filter_attention", "filter_precision", "band", "first_tokens")
+_FILTER_OPTIONS = ("filter_layer", "lexical", "filter_attention", "filter_precision", "band", "first_tokens")
 
 
 def define_weights(values: flags.FlagValues) -> None:

@@ -1,13 +1,16 @@
-"""Calibration: finds the layer and the heads of a model that pick hidden facts, and makes a preset of them.
+"""Calibration: finds the layer and the heads of a model that pick passages with answers, and makes a preset of them.
 
-Each document passes once through the candidate layers, and the score of each chunk by each head is recorded. Head
-weights are then learned with optax on one set of documents and measured on another.
+Each document passes once through the candidate layers, and the score of each passage by each head is recorded. Weights
+of the heads are then learned with optax on some documents and measured on others, beside the words that passage and
+question share, as the filter will rank them.
 
-Axes: N documents, L layers, H heads, C chunks.
+Axes: N documents, L layers, H heads, P passages.
 """
 
+import collections
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,54 +18,57 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gemfilter_jax.buckets import bucket
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.evals.example import Example
 from gemfilter_jax.evals.summary import wilson
 from gemfilter_jax.evals.task import WHOLE
-from gemfilter_jax.evals.tasks import hidden_facts
+from gemfilter_jax.evals.tasks.hidden_facts import HiddenFacts, SplitName
+from gemfilter_jax.evals.tasks.no_literal_match import NoLiteralMatch
+from gemfilter_jax.evals.tasks.real_questions import RealQuestions
 from gemfilter_jax.generate import loop
-from gemfilter_jax.methods import passages, selection
-from gemfilter_jax.methods.gemfilter import scoring_pass
-from gemfilter_jax.methods.gemfilter.method import FilterAttention, FilterPrecision, GemFilter
+from gemfilter_jax.methods import lexical, passages
+from gemfilter_jax.methods.gemfilter import fusion, scoring_pass, segments
+from gemfilter_jax.methods.gemfilter.method import FilterAttention, FilterPrecision, GemFilter, Head
 from gemfilter_jax.methods.presets import AUTO_SHARE, Preset
 from gemfilter_jax.parallel import collectives, sharding
 from gemfilter_jax.pipeline import Pipeline
-from gemfilter_jax.text.prompt import encode
+from gemfilter_jax.text.prompt import Prompt, encode
 
 _STEPS = 300
 _LEARNING_RATE = 0.1
 _SPARSITY = 0.02  # weight of the sparsity penalty in the loss; it drives heads that add nothing to 0
-_SMALLEST_SHARE = 0.03  # heads with a smaller share of the chunk scores are dropped
-_EMPTY = 1e-9  # keeps logarithms of scores finite
+_SMALLEST_SHARE = 0.1  # heads with a smaller share of the weights are dropped
 _MASKED = -1e9  # finite, so that gradients stay finite
-
-_rank = jax.jit(selection.rank, static_argnames=("pooling", "pool_size"))
 
 
 @dataclasses.dataclass(frozen=True)
 class Recorded:
-    """The recorded scores of one document with a question.
+    """What is recorded of one document with a question.
 
     Attributes:
-      scores: float32 [L, H, C], score of each chunk by each head alone.
-      sizes: int [C], tokens in each chunk.
-      facts: bool [F, C], the chunks that hold each of the F facts in question.
+      kind: the kind of question.
+      scores: float32 [L, H, P], each head's score of each passage's best token.
+      words: float32 [P], see `lexical.scores`.
+      sizes: int [P], tokens in each passage.
+      answers: bool [F, P], the passages that hold each of the F facts in question.
+      either: whether one of the facts is enough.
       required: number of prefix and suffix tokens, which are always kept.
     """
 
+    kind: str
     scores: np.ndarray
+    words: np.ndarray
     sizes: np.ndarray
-    facts: np.ndarray
+    answers: np.ndarray
+    either: bool
     required: int
 
 
 def record(model: Pipeline, example: Example, method: GemFilter, layers: int) -> Recorded:
-    """Record the chunk scores of every head of the first `layers` layers in an example.
+    """Record the scores of every head of the first `layers` layers in an example.
 
     Args:
-      example: must fit the model's context.
-      method: sets the observation window, pooling, chunks, attention and precision.
+      method: sets the observation window, passages, segments, attention and precision.
     """
     prompt = encode(
         model.checkpoint.tokenizer,
@@ -72,45 +78,44 @@ def record(model: Pipeline, example: Example, method: GemFilter, layers: int) ->
         chat_template=model.chat_template,
         message_format=model.message_format,
     )
-    width = bucket(len(prompt))
-    rows = sharding.evenly([prompt], sharding.shape_of(model.checkpoint.model.mesh).rows)
-    ids, lengths = loop.pad([row.ids for row in rows], width)
-    suffix_lengths = np.array([row.suffix_length for row in rows], np.int32)
-    scoring = scoring_pass.ScoringPass.of(
-        method,
-        model.checkpoint.model.config.heads,
-        document=len(prompt) - prompt.prefix_length - prompt.suffix_length,
-        suffix_lengths=suffix_lengths,
+    rows = np.arange(len(prompt))
+    listed = passages.listed(prompt, passages.PassageRule.of(method), rows)
+    scores = np.concatenate(
+        [_scores(model, prompt, piece, method, layers) for piece in _pieces(model, prompt, method)], 2
     )
-    of_rows = scoring_pass.score_heads(
-        model.checkpoint.model, ids, lengths, jnp.asarray(suffix_lengths), scoring, layers=layers
+    starts, ends = (
+        prompt.offsets[listed.tokens[place], side] for side, place in enumerate((listed.first, listed.last))
     )
-    scores = collectives.to_host(of_rows)[:, 0].reshape(-1, width)
-    numbers = np.full(width, len(prompt))
-    numbers[: len(prompt)] = passages.chunks(prompt, passages.PassageRule.of(method))
-    required = np.ones(width, bool)
-    required[: len(prompt)] = prompt.required
-
-    def for_each_head(row: np.ndarray) -> jax.Array:
-        return jnp.broadcast_to(row, scores.shape)
-
-    ranked = _rank(
-        scores,
-        jnp.broadcast_to(lengths[:1], len(scores)),
-        required=for_each_head(required),
-        pooling=method.pooling,
-        pool_size=method.pool_size,
-        chunks=for_each_head(numbers),
-    )
-    free = np.flatnonzero(~required)
-    _, first, sizes = np.unique(numbers[free], return_index=True, return_counts=True)
-    starts, ends = prompt.offsets[free[first], 0], prompt.offsets[free[first + sizes - 1], 1]
+    verbatim = getattr(example, "occurrences", ())
     return Recorded(
-        scores=np.asarray(ranked[:, free[first]]).reshape(layers, -1, len(sizes)),
-        sizes=sizes,
-        facts=np.stack([_holders(starts, ends, span) for span in example.spans]),
+        kind=example.group,
+        scores=np.maximum.reduceat(scores, listed.first, axis=2),
+        words=lexical.scores(listed.texts, prompt.question),
+        sizes=listed.sizes,
+        answers=np.stack([_holders(starts, ends, span) for span in verbatim or example.spans]),
+        either=bool(verbatim),
         required=prompt.prefix_length + prompt.suffix_length,
     )
+
+
+def _pieces(model: Pipeline, prompt: Prompt, method: GemFilter) -> list[np.ndarray]:
+    return segments.pieces(model.checkpoint.model.config, prompt, np.arange(len(prompt)), method)
+
+
+def _scores(model: Pipeline, prompt: Prompt, piece: np.ndarray, method: GemFilter, layers: int) -> np.ndarray:
+    """float32 [L, H, n], of the n tokens of a piece of the document."""
+    decoder = model.checkpoint.model
+    whole = np.concatenate(
+        [np.arange(prompt.prefix_length), piece, np.arange(len(prompt) - prompt.suffix_length, len(prompt))]
+    )
+    padded = sharding.evenly([prompt.ids[whole]], sharding.shape_of(decoder.mesh).rows)
+    ids, lengths = loop.pad(padded, segments.width(len(whole)))
+    suffix_lengths = np.full(len(padded), prompt.suffix_length, np.int32)
+    scoring = scoring_pass.ScoringPass.of(
+        method, decoder.config.heads, document=len(piece), suffix_lengths=suffix_lengths, whole=False
+    )
+    made = scoring_pass.score_heads(decoder, ids, lengths, jnp.asarray(suffix_lengths), scoring, layers=layers)
+    return collectives.to_host(made)[:, 0, :, prompt.prefix_length : prompt.prefix_length + len(piece)]
 
 
 def _holders(starts: np.ndarray, ends: np.ndarray, span: tuple[int, int]) -> np.ndarray:
@@ -120,57 +125,74 @@ def _holders(starts: np.ndarray, ends: np.ndarray, span: tuple[int, int]) -> np.
 
 
 @dataclasses.dataclass(frozen=True)
-class HeadSet:
-    """Heads and their weights.
+class Ranking:
+    """A way to rank passages, as `fusion.ranking` does.
 
     Attributes:
-      layers, heads: layer and index of each head.
-      weights: weight of each head, above 0; the largest is 1.
+      layer: the filter layer.
+      heads: those that count; empty for all heads of the layer alike.
+      lexical: see `GemFilter`.
     """
 
-    layers: tuple[int, ...]
-    heads: tuple[int, ...]
-    weights: tuple[float, ...]
+    layer: int
+    heads: tuple[Head, ...]
+    lexical: float
 
-    def scores(self, recorded: Recorded) -> np.ndarray:
-        """float32 [C], the weighted score of each chunk."""
-        return np.asarray(self.weights, np.float32) @ recorded.scores[list(self.layers), list(self.heads)]
+    def ranks(self, recorded: Recorded) -> np.ndarray:
+        """float32 [P], the higher the better."""
+        if self.heads:
+            best = np.stack([recorded.scores[one.layer, one.head] for one in self.heads])
+        else:
+            best = recorded.scores[self.layer].sum(axis=0, keepdims=True)
+        said = np.average(fusion.said(best), axis=0, weights=[one.weight for one in self.heads] or None)
+        return said + self.lexical * recorded.words
 
-    def of_layer(self, layer: int, heads: int) -> tuple[float, ...]:
-        """The weight of every head of one layer, float [H]."""
-        weights = dict(zip(zip(self.layers, self.heads, strict=True), self.weights, strict=True))
-        return tuple(weights.get((layer, head), 0.0) for head in range(heads))
 
+def learn(recorded: Sequence[Recorded], layers: int, words: float) -> tuple[tuple[Head, ...], float]:
+    """Learn weights of the heads of the first `layers` layers that rank the passages with answers first.
 
-def learn(recorded: Sequence[Recorded], layers: Sequence[int]) -> HeadSet:
-    """Learn weights of the heads of some layers that rank the chunks with facts first.
+    The loss is the cross-entropy of softmax(t s), s the passages' ranks and t a learned sharpness, against the passages
+    with answers, plus a small sparsity penalty on heads. Every kind of question has the same weight.
 
-    A chunk's score s is the weighted sum of the heads' scores. The loss is the cross-entropy of softmax(t ln s) over a
-    document's chunks against the chunks with facts, with a learned sharpness t, plus a small sparsity penalty on heads.
+    Args:
+      words: weight of the words, see `Ranking.lexical`.
+
+    Returns:
+      The heads that matter, the strongest of weight 1, and the sharpness.
     """
     longest = max(len(one.sizes) for one in recorded)
-    shape = (len(recorded), len(layers), recorded[0].scores.shape[1], longest)
-    scores = np.zeros(shape, np.float32)
-    most = max(len(one.facts) for one in recorded)
-    facts = np.zeros((len(recorded), most, longest), bool)
+    heads = recorded[0].scores.shape[1]
+    said = np.zeros((len(recorded), layers * heads, longest), np.float32)
+    shared = np.full((len(recorded), longest), _MASKED, np.float32)
+    wanted = np.zeros((len(recorded), longest), bool)
     for row, one in enumerate(recorded):
-        scores[row, ..., : len(one.sizes)] = one.scores[list(layers)]
-        facts[row, : len(one.facts), : len(one.sizes)] = one.facts
-    scores = scores.reshape(len(recorded), -1, longest)
-    scale = 1 / (scores.max(axis=-1).mean(axis=0) + _EMPTY)  # so that all heads start equal
-    real = jnp.asarray(scores.max(axis=1) > 0)
-    asked = jnp.asarray(facts.any(axis=-1))
-    scaled, wanted = jnp.asarray(scores * scale[:, None]), jnp.asarray(facts)
+        size = len(one.sizes)
+        said[row, :, :size] = fusion.said(one.scores[:layers].reshape(layers * heads, size))
+        shared[row, :size] = words * one.words
+        wanted[row, :size] = one.answers.any(axis=0)
+    kinds = collections.Counter(one.kind for one in recorded)
+    weights = np.array([1 / kinds[one.kind] / len(kinds) for one in recorded], np.float32)
+    arrays = tuple(map(jnp.asarray, (said, shared, wanted, weights)))
+    parameters = {"heads": jnp.zeros(layers * heads), "sharpness": jnp.zeros(())}
+    learned = _minimised(parameters, *arrays)
+    shares = np.asarray(jax.nn.softmax(learned["heads"]))
+    used = np.flatnonzero(shares >= min(_SMALLEST_SHARE, shares.max()))
+    strengths = [round(float(one), 2) for one in shares[used] / shares.max()]
+    chosen = tuple(Head(int(i) // heads, int(i) % heads, one) for i, one in zip(used, strengths, strict=True))
+    return chosen, float(jnp.exp(learned["sharpness"]))
 
+
+@jax.jit
+def _minimised(
+    parameters: dict[str, jax.Array], said: jax.Array, shared: jax.Array, wanted: jax.Array, weights: jax.Array
+) -> dict[str, jax.Array]:
     def loss(parameters: dict[str, jax.Array]) -> jax.Array:
         shares = jax.nn.softmax(parameters["heads"])
-        logits = jnp.exp(parameters["sharpness"]) * jnp.log(jnp.einsum("k,nkc->nc", shares, scaled) + _EMPTY)
-        likely = jax.nn.log_softmax(jnp.where(real, logits, _MASKED), axis=-1)
-        of_fact = jax.nn.logsumexp(jnp.where(wanted, likely[:, None], _MASKED), axis=-1)
-        mean = jnp.where(asked, -of_fact, 0.0).sum() / asked.sum()
-        return mean + _SPARSITY * jnp.sqrt(shares).sum()
+        ranks = jnp.einsum("k,nkp->np", shares, said) + shared
+        likely = jax.nn.log_softmax(jnp.exp(parameters["sharpness"]) * ranks, axis=-1)
+        of_answers = jax.nn.logsumexp(jnp.where(wanted, likely, _MASKED), axis=-1)
+        return -(weights * of_answers).sum() + _SPARSITY * jnp.sqrt(shares).sum()
 
-    parameters = {"heads": jnp.zeros(scaled.shape[1]), "sharpness": jnp.zeros(())}
     optimiser = optax.adam(_LEARNING_RATE)
 
     def step(_, carry):
@@ -178,61 +200,54 @@ def learn(recorded: Sequence[Recorded], layers: Sequence[int]) -> HeadSet:
         updates, state = optimiser.update(jax.grad(loss)(parameters), state)
         return optax.apply_updates(parameters, updates), state
 
-    run = jax.jit(lambda parameters: jax.lax.fori_loop(0, _STEPS, step, (parameters, optimiser.init(parameters)))[0])
-    shares = np.asarray(jax.nn.softmax(run(parameters)["heads"]))
-    used = np.flatnonzero(shares >= min(_SMALLEST_SHARE, shares.max()))
-    weights = (shares * scale)[used]
-    heads = shape[2]
-    return HeadSet(
-        layers=tuple(int(layers[index // heads]) for index in used),
-        heads=tuple(int(index % heads) for index in used),
-        weights=tuple(round(float(weight), 4) for weight in weights / weights.max()),
-    )
-
-
-def all_heads(layer: int, heads: int) -> HeadSet:
-    """Every head of a layer, with equal weights."""
-    return HeadSet((layer,) * heads, tuple(range(heads)), (1.0,) * heads)
+    return jax.lax.fori_loop(0, _STEPS, step, (parameters, optimiser.init(parameters)))[0]
 
 
 @dataclasses.dataclass(frozen=True)
 class Recall:
-    """How many facts a set of heads keeps within a budget.
+    """How often a ranking keeps the answers within a budget.
 
     Attributes:
-      heads: the head set, measured on documents that it was not learned on.
+      ranking: the ranking, measured on documents that it was not learned on.
       keep: budget in tokens, template and question included.
-      facts: number of facts asked for.
-      kept: number of these facts that are kept whole.
+      kept: (answers kept whole, answers asked for) of each kind of question.
     """
 
-    heads: HeadSet
+    ranking: Ranking
     keep: int
-    facts: int
-    kept: int
+    kept: Mapping[str, tuple[int, int]]
 
     @property
     def share(self) -> float:
-        """Share of the facts that are kept."""
-        return self.kept / self.facts
+        """Mean over the kinds of the share that is kept, and the worst kind's once more."""
+        shares = [kept / asked for kept, asked in self.kept.values()]
+        return (sum(shares) + min(shares)) / (len(shares) + 1)
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """(kept, asked for), whatever the kind."""
+        kept, asked = zip(*self.kept.values(), strict=True)
+        return sum(kept), sum(asked)
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % interval of the share."""
-        return wilson(self.kept, self.facts)
+        """95 % interval of the share of all answers that are kept."""
+        return wilson(*self.counts)
 
 
-def recall(recorded: Sequence[Recorded], heads: HeadSet, keep: int) -> Recall:
-    """Count the facts whose chunks are all among the best whole chunks that fit the budget."""
-    facts = kept = 0
+def recall(recorded: Sequence[Recorded], ranking: Ranking, keep: int) -> Recall:
+    """Count the answers whose passages are all among the best whole passages that fit the budget."""
+    counts: dict[str, tuple[int, int]] = {}
     for one in recorded:
-        order = np.argsort(-heads.scores(one), kind="stable")
+        order = np.argsort(-ranking.ranks(one), kind="stable")
         fits = one.required + np.cumsum(one.sizes[order]) <= keep
         lost = np.ones(len(order), bool)
         lost[order[fits]] = False
-        facts += len(one.facts)
-        kept += int((~(one.facts & lost).any(axis=1)).sum())
-    return Recall(heads, keep, facts, kept)
+        held = ~(one.answers & lost).any(axis=1)
+        kept, asked = counts.get(one.kind, (0, 0))
+        more = (int(held.any()), 1) if one.either else (int(held.sum()), len(held))
+        counts[one.kind] = kept + more[0], asked + more[1]
+    return Recall(ranking, keep, counts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,29 +255,34 @@ class LayerRecall:
     """Recall of a candidate layer on held-out documents, one `Recall` for each budget.
 
     Attributes:
-      learned: with learned weights of the layer's heads.
-      alike: with equal weights of the layer's heads.
-      up_to: with learned weights of the heads of all layers up to this one.
+      learned: with learned weights of the heads of all layers up to this one.
+      alike: with all heads of this layer alike.
+      attention: as `learned`, without the words.
+      sharpness: see `learn`.
     """
 
     layer: int
     learned: tuple[Recall, ...]
     alike: tuple[Recall, ...]
-    up_to: tuple[Recall, ...]
+    attention: tuple[Recall, ...]
+    sharpness: float
 
 
-def judge(train: Sequence[Recorded], held_out: Sequence[Recorded], layer: int, budgets: Sequence[int]) -> LayerRecall:
-    """Learn head weights of a layer, and of all layers up to it, and measure their recall."""
-    heads = train[0].scores.shape[1]
+def judge(
+    train: Sequence[Recorded], held_out: Sequence[Recorded], layer: int, budgets: Sequence[int], words: float
+) -> LayerRecall:
+    """Learn weights of the heads up to a layer, and measure their recall."""
 
-    def measured(chosen: HeadSet) -> tuple[Recall, ...]:
-        return tuple(recall(held_out, chosen, keep) for keep in budgets)
+    def measured(ranking: Ranking) -> tuple[Recall, ...]:
+        return tuple(recall(held_out, ranking, keep) for keep in budgets)
 
+    heads, sharpness = learn(train, layer + 1, words)
     return LayerRecall(
         layer=layer,
-        learned=measured(learn(train, [layer])),
-        alike=measured(all_heads(layer, heads)),
-        up_to=measured(learn(train, range(layer + 1))),
+        learned=measured(Ranking(layer, heads, words)),
+        alike=measured(Ranking(layer, (), words)),
+        attention=measured(Ranking(layer, heads, 0.0)),
+        sharpness=sharpness,
     )
 
 
@@ -272,13 +292,15 @@ class Plan:
 
     Attributes:
       keep: the budget to choose the layer for; half of it is measured too.
-      target: share of facts to keep.
+      target: share of the best layer's recall that the chosen layer, the earliest such, must have.
       layers: number of first layers that are candidates.
-      tokens: length of the held-out texts. Training texts have a quarter to half of it. The preset's segments have an
-        eighth more, for the question.
-      train, held_out: number of questions to learn from and to measure on.
+      tokens: length of the held-out texts, and the longest of training texts, which begin at half of it. The preset's
+        segments have an eighth more, for the question.
+      train, held_out: number of questions of each built-in kind to learn from and to measure on.
       distractors: facts in each text that look like the one in question.
       seed: random seed of the facts, their places and the texts.
+      questions: file of real questions, see `RealQuestions`; the verbatim ones of one half of its documents to learn
+        from, of the other half to measure on; None for the built-in kinds alone.
       filter_attention, filter_precision: see `GemFilter`.
     """
 
@@ -292,6 +314,7 @@ class Plan:
     seed: int
     filter_attention: FilterAttention
     filter_precision: FilterPrecision
+    questions: str | None = None
 
 
 def calibrate(
@@ -301,18 +324,21 @@ def calibrate(
     paragraphs: Sequence[str] | None = None,
     progress: Callable[[str, int, int], None],
 ) -> tuple[list[LayerRecall], Preset]:
-    """Measure every candidate layer, and make a preset of the earliest that meets the target, or of the best.
+    """Measure every candidate layer, and make a preset of the earliest that is about as good as the best.
 
     Args:
       paragraphs: text to hide facts in; None for the built-in text of each split.
       progress: called with (stage, done, total).
 
     Raises:
-      UserError: texts are longer than half of the model's context, or too short for their facts.
+      UserError: texts are longer than half of the model's context or too short for their facts, or the questions
+        cannot be read.
     """
     method = GemFilter(
         filter_layer=0,
         keep=plan.keep,
+        normalisation="sink",
+        band=model.preset.default.band,
         filter_attention=plan.filter_attention,
         filter_precision=plan.filter_precision,
         segment=plan.tokens * 9 // 8,
@@ -321,45 +347,73 @@ def calibrate(
     if plan.tokens > config.context // 2:
         raise UserError(f"tokens is {plan.tokens}; the model reads {config.context}, at most half of which is tried")
 
-    def recorded(split: hidden_facts.SplitName, count: int, sizes: Sequence[int]) -> list[Recorded]:
+    def recorded(split: SplitName) -> list[Recorded]:
+        examples = list(_examples(model, plan, split, paragraphs))
         made: list[Recorded] = []
-        for index, size in enumerate(sizes[:count]):
-            task = hidden_facts.HiddenFacts(
-                count=len(range(index, count, len(sizes))),
-                split=split,
-                distractors=plan.distractors,
-                seed=plan.seed + index,
-                paragraphs=None if paragraphs is None else tuple(paragraphs),
-            )
-            for example in task.examples(model.checkpoint.tokenizer, size):
-                made.append(record(model, example, method, plan.layers))
-                progress(f"reading, {split}", len(made), count)
+        for kind, example in examples:
+            made.append(dataclasses.replace(record(model, example, method, plan.layers), kind=kind))
+            progress(f"reading, {split}", len(made), len(examples))
         return made
 
-    train = recorded("train", plan.train, (plan.tokens // 4, plan.tokens // 3, plan.tokens // 2))
-    held_out = recorded("held_out", plan.held_out, (plan.tokens,))
+    train, held_out = recorded("train"), recorded("held_out")
     judged = []
     for layer in range(plan.layers):
-        judged.append(judge(train, held_out, layer, (plan.keep // 2, plan.keep)))
+        judged.append(judge(train, held_out, layer, (plan.keep // 2, plan.keep), method.lexical))
         progress("learning", len(judged), plan.layers)
-    return judged, _preset(model, plan, method, judged)
+    return judged, _preset(model, plan, method, judged, len(train))
 
 
-def _preset(model: Pipeline, plan: Plan, method: GemFilter, judged: Sequence[LayerRecall]) -> Preset:
-    chosen = next((one for one in judged if one.learned[-1].share >= plan.target), None)
-    best = chosen or max(judged, key=lambda one: one.learned[-1].share)
-    heads = best.learned[-1].heads.of_layer(best.layer, model.checkpoint.model.config.heads)
-    kept = best.learned[-1]
-    low, high = kept.interval
-    verdict = "the earliest that meets" if chosen else "the best of those tried, none of which meets"
+def _examples(
+    model: Pipeline, plan: Plan, split: SplitName, paragraphs: Sequence[str] | None
+) -> Iterator[tuple[str, Example]]:
+    """Questions of a split and their kinds."""
+    training = split == "train"
+    sizes = (plan.tokens // 2, plan.tokens * 3 // 4, plan.tokens) if training else (plan.tokens,)
+    count = plan.train if training else plan.held_out
+    tokenizer = model.checkpoint.tokenizer
+    for index, size in enumerate(sizes[:count]):
+        own = len(range(index, count, len(sizes)))
+        hidden = HiddenFacts(
+            count=own,
+            split=split,
+            distractors=plan.distractors,
+            seed=plan.seed + index,
+            paragraphs=None if paragraphs is None else tuple(paragraphs),
+        )
+        unlike = NoLiteralMatch(count=own, split=split, seed=plan.seed + index)
+        for task in (hidden, unlike):
+            for example in task.examples(tokenizer, size):
+                yield task.name, example
+    if plan.questions is not None:
+        real = RealQuestions(questions_file=plan.questions, only="verbatim", seed=plan.seed)
+        documents = sorted({example.text for example in real.examples(tokenizer, 0)})
+        half = set(random.Random(plan.seed).sample(documents, len(documents) // 2))
+        for example in real.examples(tokenizer, 0):
+            if (example.text in half) == training:
+                yield real.name, example
+
+
+def _preset(model: Pipeline, plan: Plan, method: GemFilter, judged: Sequence[LayerRecall], learned_on: int) -> Preset:
+    most = max(one.learned[-1].share for one in judged)
+    best = next(one for one in judged if one.learned[-1].share >= plan.target * most)
+    kept, asked = best.learned[-1].counts
+    low, high = best.learned[-1].interval
+    kinds = ", ".join(f"{name} {kept} of {asked}" for name, (kept, asked) in best.learned[-1].kept.items())
     source = (
-        f"gemfilter calibrate: layer {best.layer} kept {kept.kept} of {kept.facts} held-out facts "
-        f"({kept.share:.0%}, 95 % interval {low:.0%} to {high:.0%}) with {plan.keep} of {plan.tokens} tokens, "
-        f"{verdict} the target of {plan.target:.0%}; heads learned on {plan.train} other facts"
+        f"gemfilter calibrate: heads up to layer {best.layer} kept {kept} of {asked} held-out answers "
+        f"({kept / asked:.0%}, 95 % interval {low:.0%} to {high:.0%}; {kinds}) with {plan.keep} tokens of texts of "
+        f"{plan.tokens}, the earliest layer with {plan.target:.0%} of the best one's recall; heads learned on "
+        f"{learned_on} other questions"
     )
     return Preset(
         name=model.preset.name if model.preset.name != "none" else model.checkpoint.name,
-        default=dataclasses.replace(method, filter_layer=best.layer, head_weights=heads, share=AUTO_SHARE),
+        default=dataclasses.replace(
+            method,
+            filter_layer=best.layer,
+            heads=tuple(map(str, best.learned[-1].ranking.heads)),
+            sharpness=round(best.sharpness, 3),
+            share=AUTO_SHARE,
+        ),
         paper_layer=model.preset.paper_layer,
         source=source,
         recall=tuple(row for one in judged for row in _rows(one)),
@@ -367,17 +421,13 @@ def _preset(model: Pipeline, plan: Plan, method: GemFilter, judged: Sequence[Lay
 
 
 def _rows(judged: LayerRecall) -> Iterator[dict[str, Any]]:
-    for kind in ("learned", "alike", "up_to"):
+    for kind in ("learned", "alike", "attention"):
         for one in getattr(judged, kind):
-            low, high = one.interval
-            heads = zip(one.heads.layers, one.heads.heads, one.heads.weights, strict=True)
+            heads = [str(head) for head in one.ranking.heads]
             yield {
                 "layer": judged.layer,
                 "kind": kind,
-                "heads": [list(head) for head in heads],
+                "heads": heads,
                 "keep": one.keep,
-                "facts": one.facts,
-                "kept": one.kept,
-                "low": round(low, 3),
-                "high": round(high, 3),
+                "kept": {kind: list(counts) for kind, counts in one.kept.items()},
             }

@@ -1,7 +1,6 @@
 """BM25 (Robertson et al. 1994)."""
 
 import dataclasses
-import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
@@ -25,21 +24,6 @@ class BM25(TextPassages):
 
     def scores(self, prompt: "Prompt", passages: "Sequence[str]") -> "np.ndarray":
         """See `TextPassages`."""
-        import bm25s
-        import numpy as np
+        from gemfilter_jax.methods import lexical
 
-        *corpus, question = bm25s.tokenize(
-            [*passages, prompt.question],
-            token_pattern=r"[^\W_]+",
-            stopwords=[],
-            return_ids=False,
-            show_progress=False,
-        )
-        known = set().union(*corpus)
-        asked = [word for word in question if word in known]
-        if not asked:
-            return np.zeros(len(passages), np.float32)
-        logging.getLogger("bm25s").setLevel(logging.WARNING)  # it tells of every index that it builds
-        index = bm25s.BM25()
-        index.index(corpus, show_progress=False)
-        return index.get_scores(asked)
+        return lexical.bm25(passages, prompt.question)

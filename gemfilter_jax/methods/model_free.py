@@ -95,12 +95,7 @@ class TextPassages(ModelFree):
 
         from gemfilter_jax.methods import passages
 
-        rule = passages.PassageRule.of(self)
-        numbers = passages.chunks(prompt, rule)
-        document = np.flatnonzero(~prompt.required)
-        chunks, first, sizes = np.unique(numbers[document], return_index=True, return_counts=True)
-        starts, ends = prompt.offsets[document[first], 0], prompt.offsets[document[first + sizes - 1], 1]
-        texts = [prompt.text[start:end] for start, end in zip(starts, ends, strict=True)]
-        scores = np.zeros(len(prompt), np.float32)
-        scores[document] = self.scores(prompt, texts)[np.searchsorted(chunks, numbers[document])]
-        return passages.kept([scores], [prompt], [np.arange(len(prompt))], rule)[0]
+        rule, rows = passages.PassageRule.of(self), np.arange(len(prompt))
+        listed = passages.listed(prompt, rule, rows)
+        scores = listed.for_each_token(self.scores(prompt, listed.texts), len(rows))
+        return passages.kept([scores], [prompt], [rows], rule)[0]

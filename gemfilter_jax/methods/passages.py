@@ -49,6 +49,50 @@ def chunks(prompt: Prompt, rule: PassageRule) -> np.ndarray:
     return np.cumsum(np.append(0, counts))[part] + (rows - begins[part]) // lengths[part]
 
 
+@dataclasses.dataclass(frozen=True)
+class Listed:
+    """The P passages of a prompt's document, among some of its tokens.
+
+    Attributes:
+      tokens: int [n], the places among those tokens of the ones in passages, increasing.
+      first: int [P], the place among `tokens` at which each passage begins.
+      texts: the passages.
+    """
+
+    tokens: np.ndarray
+    first: np.ndarray
+    texts: list[str]
+
+    @property
+    def last(self) -> np.ndarray:
+        """int [P], the place among `tokens` of each passage's last one."""
+        return np.append(self.first[1:], len(self.tokens)) - 1
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """int [P], tokens in each passage."""
+        return np.diff(self.first, append=len(self.tokens))
+
+    def for_each_token(self, of_passages: np.ndarray, count: int) -> np.ndarray:
+        """float32 [count]: every token has its passage's value, tokens outside of passages 0."""
+        spread = np.zeros(count, np.float32)
+        spread[self.tokens] = np.repeat(of_passages, self.sizes)
+        return spread
+
+
+def listed(prompt: Prompt, rule: PassageRule, rows: np.ndarray) -> Listed:
+    """The passages among increasing token indices."""
+    tokens = np.flatnonzero(~prompt.required[rows])
+    document = rows[tokens]
+    numbers = chunks(prompt, rule)[document]
+    first = np.flatnonzero(np.diff(numbers, prepend=-1))
+    starts, ends = (
+        prompt.offsets[document[first], 0],
+        prompt.offsets[np.append(document[first[1:] - 1], document[-1:]), 1],
+    )
+    return Listed(tokens, first, [prompt.text[start:end] for start, end in zip(starts, ends, strict=True)])
+
+
 def kept(
     scores: list[np.ndarray],
     prompts: Sequence[Prompt],
@@ -56,18 +100,21 @@ def kept(
     rule: PassageRule,
     *,
     keep: int | None = None,
+    masses: list[np.ndarray] | None = None,
 ) -> list[np.ndarray]:
     """The kept tokens among each prompt's candidates; `scores` has a score for each candidate.
 
     Args:
+      masses: what the rule's share is of, for each candidate; None for the scores.
       keep: number of tokens to keep for a further round, in prompt order; None for the rule's budget and order.
     """
     width = bucket(max(map(len, candidates)))
-    padded = np.zeros((len(prompts), width), np.float32)
+    padded, weighed = np.zeros((2, len(prompts), width), np.float32)
     always = np.zeros(padded.shape, bool)
     numbers = np.zeros(padded.shape, np.int32)
     for row, (prompt, rows) in enumerate(zip(prompts, candidates, strict=True)):
         padded[row, : len(rows)] = scores[row][: len(rows)]
+        weighed[row, : len(rows)] = (scores if masses is None else masses)[row][: len(rows)]
         always[row, : len(rows)] = prompt.required[rows] & (rule.keep_required or keep is not None)
         numbers[row, : len(rows)] = chunks(prompt, rule)[rows]
         numbers[row, len(rows) :] = len(prompt)
@@ -78,6 +125,7 @@ def kept(
         capacity=min(bucket(keep or rule.keep), width),
         share=None if keep or rule.share is None else jnp.float32(rule.share),
         least=jnp.int32(rule.least),
+        masses=weighed,
         required=always,
         pooling=rule.pooling,
         pool_size=rule.pool_size,

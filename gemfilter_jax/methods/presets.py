@@ -3,15 +3,16 @@
 import dataclasses
 import importlib.resources
 import json
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from gemfilter_jax.config import ModelConfig, refuse_unknown, take
 from gemfilter_jax.errors import UserError
-from gemfilter_jax.methods.gemfilter.method import AUTO, GemFilter
+from gemfilter_jax.methods.gemfilter.method import AUTO, GemFilter, Head
 
-AUTO_SHARE = 0.3  # the default model answers 14 of 15 questions with it; 12 with 1,024 tokens, 13 with 512
+AUTO_SHARE = 0.9  # nine of ten answers are in what is kept, as the scores have it
 
 _IDENTITY = ("layers", "width", "heads", "kv_heads", "vocab")  # fine-tunes of a model share its preset
 
@@ -45,6 +46,7 @@ class Preset:
 
         Args:
           rule: "default", "paper", or "uncalibrated": the default rule at the paper's layer, with equal head weights.
+          filter_layer: heads of the preset that are beyond it do not count; if none is left, all of its own do.
 
         Raises:
           UserError: the budget is "auto" under the paper's rule, whose scores are not probabilities.
@@ -58,11 +60,15 @@ class Preset:
         share = self.default.share if keep is None else None
         if keep == AUTO:
             share = self.default.share or AUTO_SHARE
-        method = dataclasses.replace(self.default, filter_layer=layer, keep=budget, share=share)
+        known = [] if rule == "uncalibrated" else [one for one in self.default.chosen_heads if one.layer <= layer]
+        heads = tuple(map(str, known)) or None
+        method = dataclasses.replace(self.default, filter_layer=layer, keep=budget, share=share, heads=heads)
         return dataclasses.replace(method, head_weights=None) if rule == "uncalibrated" else method
 
 
 _PAPER_DEPTH = 13 / 32  # Llama 3.1 8B in the paper: layer 13 of 32
+_DEPTH = 9 / 16  # of models without a preset: by then most of the published heads of other models have looked
+_PUBLISHED = 3 / 4  # of a model's published heads, which the filter layer must reach
 _PAPER = "arXiv 2409.17422, section 4"
 _PAPER_LAYERS: dict[tuple[int, ...], tuple[str, int]] = {
     (32, 4096, 32, 8, 128256): ("Llama-3.1-8B", 13),
@@ -70,6 +76,7 @@ _PAPER_LAYERS: dict[tuple[int, ...], tuple[str, int]] = {
     (32, 3072, 32, 32, 32064): ("Phi-3.5-mini", 19),
 }
 _FILES: dict[tuple[int, ...], str] = {(30, 576, 9, 3, 49152): "smollm2_135m.json"}
+_HEADS = "published_heads.json"
 
 
 def _identity(config: ModelConfig) -> tuple[int, ...]:
@@ -77,17 +84,32 @@ def _identity(config: ModelConfig) -> tuple[int, ...]:
 
 
 def preset_for(config: ModelConfig) -> Preset:
-    """The preset of a model; a model without one gets a filter layer at the paper's relative depth, with all heads."""
+    """The preset of a model; a model without one gets a filter layer at a common relative depth, with all heads."""
     identity = _identity(config)
+    folder = importlib.resources.files("gemfilter_jax.methods.preset_files")
     if identity in _FILES:
-        path = importlib.resources.files("gemfilter_jax.methods.preset_files").joinpath(_FILES[identity])
+        path = folder.joinpath(_FILES[identity])
         return _parsed(path.read_text("utf-8"), str(path), config)
+    name, paper_layer = _PAPER_LAYERS.get(identity, ("none", round(_PAPER_DEPTH * config.layers)))
+    published = json.loads(folder.joinpath(_HEADS).read_text("utf-8"))
+    for one in published["models"]:
+        if tuple(one["model"][name] for name in _IDENTITY) == identity:
+            return _of_published_heads(one, published["source"], paper_layer)
     if identity in _PAPER_LAYERS:
-        name, layer = _PAPER_LAYERS[identity]
-        return Preset(name, GemFilter(filter_layer=layer), paper_layer=layer, source=_PAPER)
-    layer = round(_PAPER_DEPTH * config.layers)
-    source = f"no preset for this model: layer {layer} of {config.layers}, Llama 3.1's depth in the paper, all heads"
-    return Preset("none", GemFilter(filter_layer=layer), paper_layer=layer, source=source)
+        return Preset(name, GemFilter(filter_layer=paper_layer), paper_layer, source=_PAPER)
+    layer = round(_DEPTH * config.layers)
+    source = f"no preset for this model: layer {layer} of {config.layers}, all heads; gemfilter calibrate makes one"
+    return Preset(name, GemFilter(filter_layer=layer), paper_layer, source=source)
+
+
+def _of_published_heads(model: Mapping[str, Any], source: str, paper_layer: int) -> Preset:
+    """A preset of heads that others have found, up to the layer that reaches three quarters of them."""
+    layers = sorted(head.layer for one in model["heads"] if (head := Head.parse(one)))
+    last = layers[math.ceil(_PUBLISHED * len(layers)) - 1]
+    heads = tuple(one for one in model["heads"] if (head := Head.parse(one)) and head.layer <= last)
+    default = GemFilter(filter_layer=last, normalisation="sink", heads=heads)
+    told = f"heads published by {source}, up to layer {last}; not measured here"
+    return Preset(model["name"], default, paper_layer, source=told)
 
 
 def write_preset(preset: Preset, config: ModelConfig) -> str:

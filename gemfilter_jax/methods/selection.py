@@ -92,15 +92,15 @@ def rank(
     return jnp.where(free, ranked, jnp.where(real, jnp.inf, -jnp.inf))
 
 
-def holding(scores: jax.Array, ranked: jax.Array, share: jax.typing.ArrayLike) -> jax.Array:
-    """int32 [B], number of required tokens plus the best others that hold `share` of the others' total score.
+def holding(masses: jax.Array, ranked: jax.Array, share: jax.typing.ArrayLike) -> jax.Array:
+    """int32 [B], number of required tokens plus the best others that hold `share` of the others' total mass.
 
     Args:
-      scores: float32 [B, S], none negative. ranked: [B, S], the result of `rank` for these scores.
+      masses: float32 [B, S], none negative. ranked: [B, S], the result of `rank`.
     """
     required, free = jnp.isposinf(ranked), jnp.isfinite(ranked)
     order = jnp.argsort(jnp.where(free, -ranked, jnp.inf), axis=1, stable=True)
-    mass = jnp.take_along_axis(jnp.where(free, scores, 0.0), order, axis=1)
+    mass = jnp.take_along_axis(jnp.where(free, masses, 0.0), order, axis=1)
     before = jnp.cumsum(mass, axis=1) - mass
     wanted = (before < share * mass.sum(axis=1, keepdims=True)) & jnp.take_along_axis(free, order, axis=1)
     return (required.sum(axis=1) + wanted.sum(axis=1)).astype(jnp.int32)
@@ -118,6 +118,7 @@ def select(
     chunks: jax.Array | None = None,
     share: jax.typing.ArrayLike | None = None,
     least: jax.typing.ArrayLike = 0,
+    masses: jax.Array | None = None,
 ) -> Selection:
     """Keep the best tokens of each row.
 
@@ -134,6 +135,7 @@ def select(
       share: keep only the tokens that hold this share of the score (see `holding`), rounded up to a bucket and at most
         `keep`; None for `keep` tokens.
       least: minimum number of tokens to keep under `share`.
+      masses: float32 [B, S], none negative, what `share` is of; None for the scores.
     """
     with jax.named_scope("selection"):
         length = scores.shape[1]
@@ -141,7 +143,8 @@ def select(
         width = min(capacity, length)
         if share is not None:
             sizes = jnp.asarray(buckets_to(capacity), jnp.int32)
-            wanted = jnp.searchsorted(sizes, jnp.maximum(holding(scores, ranked, share), least))
+            held = holding(scores if masses is None else masses, ranked, share)
+            wanted = jnp.searchsorted(sizes, jnp.maximum(held, least))
             keep = jnp.minimum(keep, sizes[jnp.minimum(wanted, len(sizes) - 1)])
         kept = jnp.minimum(jnp.asarray(keep, jnp.int32), lengths.astype(jnp.int32))
         indices = best_in_order(ranked, kept, width)

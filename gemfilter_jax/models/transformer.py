@@ -197,44 +197,69 @@ class Decoder(nnx.Module):
 
     def keys_and_last_queries(
         self,
-        ids: jax.Array,
+        x: jax.Array,
         lengths: jax.Array,
         layer: jax.typing.ArrayLike,
         observation_window: int,
         pattern: TriShape | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The filter's inputs at layer `layer`; no later layer runs.
-
-        Layers 0..layer-1 run in full. Layer `layer` computes only its input norm, the keys of all positions and the
-        queries of the last real positions.
+        """What the filter looks at in a layer: its keys of all positions, and its queries of the last real ones.
 
         Args:
-          ids: [B, S]. lengths: [B]. layer: 0-based index, may be traced. observation_window: W.
-          pattern: the attention pattern of layers 0..layer-1, None for dense.
+          x: [B, S, D], the input of the layer. lengths: [B]. layer: 0-based index, may be traced.
+          observation_window: W. pattern: the attention pattern of the layers before, None for dense.
 
         Returns:
           q [B, W, H, E] and k [B, S, G, E], both after rotary, and rows [B, W], the positions of q; a row before the
           start of a prompt shorter than W has a negative position and a meaningless q.
         """
-        x = self.hidden_states(ids, lengths, layer, pattern)
-        return self._view(layer, x, lengths, observation_window, pattern)
-
-    def _view(
-        self,
-        index: jax.typing.ArrayLike,
-        x: jax.Array,
-        lengths: jax.Array,
-        observation_window: int,
-        pattern: TriShape | None,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The results of `keys_and_last_queries`, computed from the input x [B, S, D] of layer `index`."""
         with jax.named_scope("filter_layer"):
-            layer = self.layer(index)
-            k = layer.keys(layer.attention_norm(x), self._table(x, lengths, pattern))
+            own = self.layer(layer)
+            k = own.keys(own.attention_norm(x), self._table(x, lengths, pattern))
             rows = lengths[:, None] - observation_window + jnp.arange(observation_window)
             x_rows = shards.sequence_shards(mirrored=pattern is None).rows(x, rows)
-            q = layer.queries(layer.attention_norm(x_rows), rotary_table(self.config, rows, lengths))
+            q = own.queries(own.attention_norm(x_rows), rotary_table(self.config, rows, lengths))
         return q, k, rows
+
+    def looked_at(
+        self,
+        ids: jax.Array,
+        lengths: jax.Array,
+        layers: jax.Array,
+        last: jax.typing.ArrayLike,
+        observation_window: int,
+        look: Callable[[jax.typing.ArrayLike, jax.Array, jax.Array, jax.Array], jax.Array],
+        pattern: TriShape | None = None,
+    ) -> jax.Array:
+        """The sum of look(layer, q, k, rows) over some layers, on what `keys_and_last_queries` gives there.
+
+        Layers 0..last-1 run in full.
+
+        Args:
+          ids: [B, S]. lengths: [B]. observation_window: W. pattern: of attention, None for dense.
+          layers: int [N], the layers to look at, which may be traced; where there is one, it is `last`.
+          last: the layer to stop at, which may be traced; no later layer runs.
+        """
+
+        def add(layer: jax.typing.ArrayLike, x: jax.Array, total: jax.Array) -> jax.Array:
+            return total + look(layer, *self.keys_and_last_queries(x, lengths, layer, observation_window, pattern))
+
+        def add_if_looked_at(visit: Visit, total: jax.Array) -> jax.Array:
+            here = (layers == visit.layer).any()
+            return jax.lax.cond(here, lambda: add(visit.layer, visit.x, total), lambda: total)
+
+        x = self._embedded(ids)
+        one = jax.eval_shape(functools.partial(add, 0, total=jnp.zeros(())), x)
+        x, total = self.forward(
+            x,
+            self._table(ids, lengths, pattern),
+            lengths,
+            layers=last,
+            attend=self.among_themselves(lengths, pattern),
+            hook=None if len(layers) == 1 else add_if_looked_at,
+            state=jnp.zeros(one.shape, one.dtype),
+        )
+        return add(last, x, total)
 
     def at_each_layer(
         self,
@@ -245,11 +270,11 @@ class Decoder(nnx.Module):
         look: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
         pattern: TriShape | None = None,
     ) -> jax.Array:
-        """look(q, k, rows) on the results of `keys_and_last_queries` at each of the first `layers` layers, stacked."""
+        """look(q, k, rows) on what `keys_and_last_queries` gives at each of the first `layers` layers, stacked."""
         x = self._embedded(ids)
 
         def view(index: jax.typing.ArrayLike, x: jax.Array) -> jax.Array:
-            return look(*self._view(index, x, lengths, observation_window, pattern))
+            return look(*self.keys_and_last_queries(x, lengths, index, observation_window, pattern))
 
         def record(visit: Visit, recorded: jax.Array) -> jax.Array:
             return recorded.at[visit.layer].set(view(visit.layer, visit.x))
@@ -286,18 +311,25 @@ class Decoder(nnx.Module):
         positions = jnp.broadcast_to(jnp.arange(length), ids.shape)
         return dataclasses.replace(cache, keys=keys).holding(positions, lengths)
 
-    def keys_and_last_queries_after(
-        self, read: KVCache, ids: jax.Array, lengths: jax.Array, observation_window: int
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """As `keys_and_last_queries`, for prompts whose prefixes are cached by `read`.
+    def looked_at_after(
+        self,
+        read: KVCache,
+        ids: jax.Array,
+        lengths: jax.Array,
+        layers: jax.Array,
+        observation_window: int,
+        look: Callable[[jax.typing.ArrayLike, jax.Array, jax.Array, jax.Array], jax.Array],
+    ) -> jax.Array:
+        """As `looked_at`, for prompts whose prefixes are cached by `read`, up to the layer that the cache ends at.
 
         Args:
           read: the cache of B prefixes. ids: [B, T], the tokens after the prefixes. lengths: [B], how many are real.
-
-        Returns:
-          q [B, W, H, E], k [B, S + T, G, E] and rows [B, W], -1 for rows before `ids`; each row of k begins with the
-          keys of its prefix, then those of its `ids`.
+          look: is given q [B, W, H, E], k [B, S + T, G, E] and rows [B, W], -1 for rows before `ids`; each row of k
+            begins with the keys of its prefix, then those of its `ids`.
         """
+        last = len(read.values)
+        observed = lengths[:, None] - observation_window + jnp.arange(observation_window)
+        rows = jnp.where(observed < 0, -1, read.lengths[:, None] + observed)
         positions = read.next_positions(ids.shape[1])
         table = rotary_table(self.config, positions, read.lengths + lengths)
 
@@ -306,14 +338,29 @@ class Decoder(nnx.Module):
             k, v = read.followed_by(keys, visit.k), read.followed_by(values, visit.v)
             return attention.rows(visit.q, positions, k, v, window=visit.sliding_window)
 
-        filter_layer = len(read.values)
-        x, _ = self.forward(self._embedded(ids), table, lengths, layers=filter_layer, attend=attend)
-        last = self.layer(filter_layer)
-        normed = last.attention_norm(x)
-        k = read.followed_by(read.keys[filter_layer], last.keys(normed, table))
-        observed = lengths[:, None] - observation_window + jnp.arange(observation_window)
-        q = jnp.take_along_axis(last.queries(normed, table), jnp.maximum(observed, 0)[..., None, None], axis=1)
-        return q, k, jnp.where(observed < 0, -1, read.lengths[:, None] + observed)
+        def add(index: jax.typing.ArrayLike, x: jax.Array, total: jax.Array) -> jax.Array:
+            layer = self.layer(index)
+            normed = layer.attention_norm(x)
+            k = read.followed_by(read.keys[index], layer.keys(normed, table))
+            q = jnp.take_along_axis(layer.queries(normed, table), jnp.maximum(observed, 0)[..., None, None], axis=1)
+            return total + look(index, q, k, rows)
+
+        def add_if_looked_at(visit: Visit, total: jax.Array) -> jax.Array:
+            here = (layers == visit.layer).any()
+            return jax.lax.cond(here, lambda: add(visit.layer, visit.x, total), lambda: total)
+
+        x = self._embedded(ids)
+        one = jax.eval_shape(functools.partial(add, 0, total=jnp.zeros(())), x)
+        x, total = self.forward(
+            x,
+            table,
+            lengths,
+            layers=last,
+            attend=attend,
+            hook=None if len(layers) == 1 else add_if_looked_at,
+            state=jnp.zeros(one.shape, one.dtype),
+        )
+        return add(last, x, total)
 
     def _embedded(self, ids: jax.Array) -> jax.Array:
         """[...] -> [..., D]."""

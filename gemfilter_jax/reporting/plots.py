@@ -40,8 +40,8 @@ def _texts_as_they_are(draw: Callable[_Arguments, None]) -> Callable[_Arguments,
     return drawing
 
 
-def recall(judged: "Sequence[LayerRecall]", target: float, path: str) -> None:
-    """Plot the share of facts kept by layer: a line for each budget and head set, 95 % intervals for learned heads."""
+def recall(judged: "Sequence[LayerRecall]", path: str) -> None:
+    """Plot the share of answers kept by layer: a line for each budget and ranking, 95 % intervals for learned heads."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5), layout="constrained")
@@ -49,14 +49,18 @@ def recall(judged: "Sequence[LayerRecall]", target: float, path: str) -> None:
     layers = [one.layer for one in judged]
     for index, budget in enumerate(one.keep for one in judged[0].learned):
         own = [one.learned[index] for one in judged]
-        (line,) = axes.plot(layers, [one.share for one in own], marker="o", label=f"learned heads, keep {budget}")
+        kept = [count / asked for count, asked in (one.counts for one in own)]
+        (line,) = axes.plot(layers, kept, marker="o", label=f"learned heads and words, keep {budget}")
         low, high = zip(*(one.interval for one in own), strict=True)
         axes.fill_between(layers, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
     last = judged[0].learned[-1].keep
-    axes.plot(layers, [one.alike[-1].share for one in judged], "--", label=f"all heads alike, keep {last}")
-    axes.plot(layers, [one.up_to[-1].share for one in judged], ":", label=f"heads of all layers up to it, keep {last}")
-    axes.axhline(target, color="grey", linewidth=0.8)
-    axes.set(xlabel="filter layer", ylabel="share of facts kept", xticks=layers, ylim=(0, 1.03))
+    for style, label, ranked in (
+        ("--", "all heads of the layer alike, and words", [one.alike[-1] for one in judged]),
+        (":", "learned heads without words", [one.attention[-1] for one in judged]),
+    ):
+        counts = [one.counts for one in ranked]
+        axes.plot(layers, [kept / asked for kept, asked in counts], style, label=f"{label}, keep {last}")
+    axes.set(xlabel="filter layer", ylabel="share of answers kept", xticks=layers, ylim=(0, 1.03))
     axes.legend(loc="upper left")
     _write(figure, path)
 

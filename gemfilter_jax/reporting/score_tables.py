@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from gemfilter_jax.evals.summary import Comparison, Summary
 
 _AVERAGE = "average of the parts"
-_SECONDS_BETWEEN = 30.0  # lines of progress where there is no terminal
 
 Compared = dict[tuple[str, int | str, int | None], "Comparison"]
 """Comparisons with a baseline by method, budget and length."""
@@ -225,11 +224,9 @@ def running(console: "Console", lines: Sequence["Line"], total: int, score: str)
             count(line)
             advance(f"{_spelled(score)}: {scores()}")
             now, finished = time.monotonic(), left + done
-            if not console.is_terminal and now - told >= _SECONDS_BETWEEN:
+            if not console.is_terminal and now - told >= terminal.SECONDS_BETWEEN:
                 told = now
-                minutes = (now - start) / done * (total - finished) / 60
-                left_over = f"{minutes:.0f} minutes left" if minutes >= 1.5 else "about a minute left or less"
-                remark = f"{finished} of {total}, {left_over}; {_spelled(score)}: {scores()}"
-                console.print(remark, markup=False, highlight=False, soft_wrap=True)
+                left_over = terminal.time_left((now - start) / done * (total - finished))
+                terminal.remark(console, f"{finished} of {total}, {left_over}; {_spelled(score)}: {scores()}")
 
         yield report

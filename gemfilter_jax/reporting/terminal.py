@@ -1,6 +1,7 @@
 """Terminal output: kept passages, the closing lines of a run, tables, progress."""
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:  # so that a command reports mistakes before it imports JAX
     from gemfilter_jax.checkpoints.weights import BytesRead
     from gemfilter_jax.methods.base import Progress as TokensRead
     from gemfilter_jax.pipeline import KeptText
+
+SECONDS_BETWEEN = 30  # of the lines that tell of progress where there is no terminal
 
 _WIDEST = 1_000  # characters of a line in a file
 _CONTEXT = 60  # characters shown, dimmed, on both sides of a kept passage
@@ -139,14 +142,43 @@ def loading_progress(console: Console) -> Iterator["BytesRead"]:
 
 @contextlib.contextmanager
 def stages_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar for each stage of a long run, updated with (stage, done, total) and removed at the end."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    """A progress bar for each stage of a long run, updated with (stage, done, total) and removed at the end.
+
+    Without a terminal, a line now and then.
+    """
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with _bar(console, *columns) as bar:
         tasks: dict[str, TaskID] = {}
+        begun: dict[str, float] = {}
+        told = time.monotonic()
 
         def report(stage: str, done: int, total: int) -> None:
+            nonlocal told
+            now = time.monotonic()
             if stage not in tasks:
                 tasks[stage] = bar.add_task(stage, total=total)
+                begun[stage] = now  # the first item, which may compile, is done by then
             bar.update(tasks[stage], completed=done)
+            if not console.is_terminal and 1 < done < total and now - told >= SECONDS_BETWEEN:
+                told = now
+                left = time_left((now - begun[stage]) / (done - 1) * (total - done))
+                remark(console, f"{stage}: {done} of {total}, {left}")
 
         yield report
+
+
+def time_left(seconds: float) -> str:
+    """The time that a run still takes, in words."""
+    minutes = seconds / 60
+    return f"{minutes:.0f} minutes left" if minutes >= 1.5 else "about a minute left or less"
+
+
+def remark(console: Console, text: str) -> None:
+    """Print a line of text as it is."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

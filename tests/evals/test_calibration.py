@@ -1,6 +1,7 @@
 """Calibration: heads that find facts are learned, recall is counted, the earliest layer that will do is chosen."""
 
 import dataclasses
+import json
 import pathlib
 
 import numpy as np
@@ -8,63 +9,98 @@ import pytest
 
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.evals import calibration
-from gemfilter_jax.evals.calibration import HeadSet, Plan, Recorded
+from gemfilter_jax.evals.calibration import Plan, Ranking, Recorded
 from gemfilter_jax.evals.tasks.hidden_facts import HiddenFacts
 from gemfilter_jax.methods import presets
+from gemfilter_jax.methods.gemfilter.method import Head
 from gemfilter_jax.reporting import plots
 from gemfilter_jax.text.prompt import encode
 
 _LAYERS, _HEADS = 3, 4
 
 
-def _recorded(finders: dict[tuple[int, int], float], documents: int = 12, chunks: int = 40) -> list[Recorded]:
-    """Noise in every head; the finders (layer, head) score their fact's chunk so many times the noise's mean."""
+def _recorded(
+    finders: dict[tuple[int, int], float], documents: int = 12, count: int = 40, kind: str = "facts", words: float = 0.0
+) -> list[Recorded]:
+    """Noise in every head; the finders (layer, head) score their fact's passage so many times the noise's mean."""
     rng = np.random.default_rng(0)
     made = []
     for _ in range(documents):
-        scores = rng.exponential(size=(_LAYERS, _HEADS, chunks)).astype(np.float32)
-        holds = np.zeros((1, chunks), bool)
-        holds[0, rng.integers(chunks)] = True
+        scores = rng.exponential(size=(_LAYERS, _HEADS, count)).astype(np.float32)
+        holds = np.zeros((1, count), bool)
+        holds[0, rng.integers(count)] = True
         for place, strength in finders.items():
             scores[place][holds[0]] = strength
-        made.append(Recorded(scores, np.full(chunks, 10), holds, required=20))
+        shared = np.where(holds[0], np.float32(words), np.float32(0))
+        made.append(Recorded(kind, scores, shared, np.full(count, 10), holds, either=False, required=20))
     return made
 
 
+def _places(heads: tuple[Head, ...], at_least: float = 0.0) -> set[tuple[int, int]]:
+    return {(one.layer, one.head) for one in heads if one.weight > at_least}
+
+
 def test_the_head_that_finds_is_learned():
-    heads = calibration.learn(_recorded({(1, 2): 30.0}), [1])
-    assert heads.of_layer(1, _HEADS)[2] == 1.0
-    assert sum(heads.of_layer(1, _HEADS)) < 1.5
-    assert heads.of_layer(0, _HEADS) == (0.0,) * _HEADS
+    heads, _ = calibration.learn(_recorded({(1, 2): 300.0}), 3, words=0.7)
+    assert _places(heads, 0.5) == {(1, 2)}
+    assert max(one.weight for one in heads) == 1.0
+    heads, _ = calibration.learn(_recorded({(1, 2): 300.0}), 1, words=0.7)
+    assert _places(heads) <= {(0, head) for head in range(_HEADS)}
 
 
 def test_heads_of_several_layers_are_learned_together():
     """Each head finds the facts of its own half of the documents; only both together find all."""
-    half = _recorded({(0, 3): 30.0}), _recorded({(2, 1): 30.0})
-    heads = calibration.learn(half[0][:6] + half[1][6:], range(3))
-    strong = {place for place, weight in zip(zip(heads.layers, heads.heads), heads.weights) if weight > 0.3}  # noqa: B905
-    assert strong == {(0, 3), (2, 1)}
+    half = _recorded({(0, 3): 300.0}, 40), _recorded({(2, 1): 300.0}, 40)
+    heads, _ = calibration.learn(half[0][:20] + half[1][20:], 3, words=0.7)
+    assert _places(heads, 0.3) == {(0, 3), (2, 1)}
+
+
+def test_every_kind_of_question_has_the_same_weight():
+    """Three questions of one kind count as much as thirty of another: both kinds' heads are learned."""
+    few, many = _recorded({(0, 3): 300.0}, 3, kind="few"), _recorded({(2, 1): 300.0}, 30, kind="many")
+    heads, _ = calibration.learn([*few, *many], 3, words=0.7)
+    assert _places(heads, 0.3) == {(0, 3), (2, 1)}
+
+
+def test_what_words_find_needs_no_head():
+    """The sharper the evidence of the words, the surer the ranks."""
+    _, alone = calibration.learn(_recorded({}), 3, words=0.7)
+    _, found = calibration.learn(_recorded({}, words=9.0), 3, words=0.7)
+    assert found > alone
 
 
 def test_learning_is_deterministic():
     recorded = _recorded({(1, 2): 5.0})
-    assert calibration.learn(recorded, range(3)) == calibration.learn(recorded, range(3))
+    assert calibration.learn(recorded, 3, 0.7) == calibration.learn(recorded, 3, 0.7)
 
 
-def test_recall_counts_whole_chunks_within_the_budget():
-    scores = np.zeros((1, 2, 4), np.float32)
+def test_recall_counts_whole_passages_within_the_budget():
+    scores = np.ones((1, 2, 4), np.float32)
     scores[0, 1] = [4, 3, 2, 1]
-    holds = np.array([[True, True, False, False], [False, False, True, False]])
-    one = Recorded(scores, sizes=np.array([5, 6, 7, 8]), facts=holds, required=10)
-    heads = HeadSet((0,), (1,), (1.0,))
-    for keep, kept in ((20, 0), (21, 1), (27, 1), (28, 2)):  # 10 required, then chunks of 5, 6 and 7
-        measured = calibration.recall([one], heads, keep)
-        assert (measured.facts, measured.kept) == (2, kept)
-    assert calibration.recall([one], calibration.all_heads(0, 2), 21).kept == 1
+    answers = np.array([[True, True, False, False], [False, False, True, False]])
+    one = Recorded("facts", scores, np.zeros(4), np.array([5, 6, 7, 8]), answers, either=False, required=10)
+    either = dataclasses.replace(one, kind="real", either=True, answers=answers[::-1])
+    ranking = Ranking(0, (Head(0, 1),), 0.7)
+    for keep, kept in ((20, 0), (21, 1), (27, 1), (28, 2)):  # 10 required, then passages of 5, 6 and 7
+        measured = calibration.recall([one, either, either], ranking, keep)
+        assert measured.kept == {"facts": (kept, 2), "real": (2 * min(kept, 1), 2)}
+        assert measured.counts == (kept + 2 * min(kept, 1), 4)
+    assert measured.share == 1.0
+    partly = calibration.recall([one, either, either], ranking, 21)
+    assert partly.share == pytest.approx((0.5 + 1 + 0.5) / 3)  # the worst kind twice
+    assert calibration.recall([one], Ranking(0, (), 0.7), 21).counts == (1, 2)
 
 
-def test_the_chunks_without_which_a_fact_is_lost():
-    """A fact of 100 characters; chunks that hold 4, 89 and 7 of them."""
+def test_words_outrank_heads_by_their_weight():
+    (one,) = _recorded({(1, 2): 300.0}, 1, words=0.0)
+    other = np.flatnonzero(~one.answers[0])[0]
+    misled = dataclasses.replace(one, words=np.where(np.arange(40) == other, np.float32(100), 0))
+    for weight, best in ((0.0, np.argmax(one.answers)), (0.7, other)):
+        assert np.argmax(Ranking(1, (Head(1, 2),), weight).ranks(misled)) == best
+
+
+def test_the_passages_without_which_a_fact_is_lost():
+    """A fact of 100 characters; passages that hold 4, 89 and 7 of them."""
     starts, ends = np.array([0, 54, 143]), np.array([54, 143, 300])
     assert calibration._holders(starts, ends, (50, 150)).tolist() == [False, True, False]
 
@@ -90,11 +126,14 @@ def test_calibration_is_deterministic_and_its_preset_can_be_used(smollm2, tmp_pa
     judged, preset = runs[0]
     assert [one.layer for one in judged] == [0, 1, 2, 3]
     assert [one.keep for one in judged[0].learned] == [64, 128]
-    assert judged[0].learned[0].facts == 2
-    best = [one.learned[-1].share for one in judged]
-    enough = [layer for layer, share in enumerate(best) if share >= _PLAN.target]
-    assert preset.default.filter_layer == (enough[0] if enough else int(np.argmax(best)))
-    assert told[:3] == [("reading, train", 1, 3), ("reading, train", 2, 3), ("reading, train", 3, 3)]
+    assert judged[0].learned[0].counts[1] == 4
+    assert set(judged[0].learned[0].kept) == {"hidden_facts", "no_literal_match"}
+    shares = [one.learned[-1].share for one in judged]
+    chosen = next(layer for layer, share in enumerate(shares) if share >= _PLAN.target * max(shares))
+    assert preset.default.filter_layer == chosen
+    assert preset.default.heads == tuple(map(str, judged[chosen].learned[-1].ranking.heads))
+    assert all(head.layer <= chosen for head in preset.default.chosen_heads)
+    assert told[:3] == [("reading, train", 1, 6), ("reading, train", 2, 6), ("reading, train", 3, 6)]
     path = tmp_path / "preset.json"
     path.write_text(presets.write_preset(preset, smollm2.checkpoint.model.config))
     read = presets.read_preset(path, smollm2.checkpoint.model.config)
@@ -102,26 +141,51 @@ def test_calibration_is_deterministic_and_its_preset_can_be_used(smollm2, tmp_pa
     example = next(HiddenFacts(count=1).examples(smollm2.checkpoint.tokenizer, 640))
     kept, _ = dataclasses.replace(smollm2, preset=read).select(example.text, example.question)
     assert kept.kept_tokens == 128
-    plots.recall(judged, _PLAN.target, str(tmp_path / "recall.png"))
+    plots.recall(judged, str(tmp_path / "recall.png"))
     assert (tmp_path / "recall.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_recorded_scores_are_the_filters_own(smollm2):
-    """Of one head: the chunks that it puts first are those that the filter keeps when that head alone counts."""
+@pytest.mark.parametrize("segment", [2304, 320])
+def test_recorded_passages_are_the_filters_own(smollm2, segment):
+    """Of some heads: the passages that they put first are those that the filter keeps, in one pass or in segments."""
     example = next(HiddenFacts(count=1).examples(smollm2.checkpoint.tokenizer, 600))
-    sixth = (0.0,) * 5 + (1.0,) + (0.0,) * 3
-    method = dataclasses.replace(smollm2.method(keep=128), filter_layer=2, head_weights=sixth)
+    heads = (Head(1, 5), Head(2, 0, 0.5))
+    method = dataclasses.replace(
+        smollm2.method(keep=128),
+        filter_layer=2,
+        heads=tuple(map(str, heads)),
+        segment=segment,
+        filter_precision="float",
+    )
     one = calibration.record(smollm2, example, method, layers=3)
-    order = np.argsort(-one.scores[2, 5], kind="stable")
+    order = np.argsort(-Ranking(2, heads, method.lexical).ranks(one), kind="stable")
     fits = one.required + np.cumsum(one.sizes[order]) <= 128
     kept, _ = smollm2.select(example.text, example.question, method=method)
     prompt = encode(smollm2.checkpoint.tokenizer, example.text, example.question, observation_rows=32)
     begins = prompt.prefix_length + np.cumsum(np.append(0, one.sizes))
     assert begins[-1] == len(prompt) - prompt.suffix_length
     assert fits.sum() > 1
-    for chunk in order[fits]:
-        assert set(range(begins[chunk], begins[chunk + 1])) <= set(kept.indices)
+    for chosen in order[fits]:
+        assert set(range(begins[chosen], begins[chosen + 1])) <= set(kept.indices)
     assert not set(range(begins[order[-1]], begins[order[-1] + 1])) & set(kept.indices)
+
+
+def test_questions_of_a_file_are_learned_from_and_measured_on_by_documents(smollm2, tmp_path: pathlib.Path):
+    path = tmp_path / "questions.jsonl"
+    told = [
+        f"The lamp of number {number} is {colour}. " for number, colour in enumerate(("jade", "ochre", "teal", "puce"))
+    ]
+    lines = [
+        {"input": one + "It rained. " * 9, "instructions": ["Which colour?"], "outputs": [one.split()[-1][:-1]]}
+        for one in told
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    plan = dataclasses.replace(_PLAN, layers=1, train=1, held_out=1, questions=str(path))
+    judged, preset = calibration.calibrate(smollm2, plan, progress=lambda *_: None)
+    assert judged[0].learned[-1].kept["real_questions"] == (2, 2)  # the documents fit the budget
+    assert "heads learned on 4 other questions" in preset.source  # one of each built-in kind, two documents
+    with pytest.raises(UserError, match=r"missing\.jsonl"):
+        calibration.calibrate(smollm2, dataclasses.replace(plan, questions="missing.jsonl"), progress=lambda *_: None)
 
 
 def test_texts_longer_than_one_pass_are_refused(smollm2):

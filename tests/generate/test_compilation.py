@@ -85,6 +85,8 @@ def test_stage_1_makes_no_square_array(normalisation):
     length = 8192
     one = jax.ShapeDtypeStruct((1,), jnp.int32)
     ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
-    scoring = ScoringPass(jnp.int32(2), jnp.ones(tiny.CONFIG.heads), None, 32, normalisation, int8=False)
+    scoring = ScoringPass(
+        jnp.int32(2), jnp.array([2]), jnp.ones((1, tiny.CONFIG.heads)), None, 32, normalisation, int8=False
+    )
     program = scoring_pass.score_prompt.lower(tiny.decoder(), ids, one, one, scoring).compile()
     assert program.memory_analysis().temp_size_in_bytes < length**2

@@ -36,26 +36,70 @@ def test_the_papers_models_have_its_layers(shape, name, layer):
     preset = preset_for(config(*shape))
     assert preset.name == name
     assert preset.method("paper") == GemFilter.paper(filter_layer=layer, keep=1024)
-    assert preset.method("default") == GemFilter(filter_layer=layer, keep=1024)
+    assert preset.method("uncalibrated").filter_layer == layer
+    if name != "Llama-3.1-8B":
+        assert preset.method("default") == GemFilter(filter_layer=layer, keep=1024)
 
 
-def test_other_models_are_filtered_at_the_same_depth():
+@pytest.mark.parametrize(
+    ("shape", "name", "layer", "heads"),
+    [
+        ((32, 4096, 32, 8, 128256), "Llama-3.1-8B", 16, 13),
+        ((80, 8192, 64, 8, 128256), "Llama-3.1-70B", 37, 24),
+        ((16, 2048, 32, 8, 128256), "Llama-3.2-1B", 8, 13),
+        ((28, 3072, 24, 8, 128256), "Llama-3.2-3B", 15, 13),
+        ((28, 3584, 28, 4, 152064), "Qwen2.5-7B", 19, 15),
+    ],
+)
+def test_published_heads_count_up_to_the_layer_that_reaches_three_quarters(shape, name, layer, heads):
+    preset = preset_for(config(*shape))
+    method = preset.method("default")
+    assert (preset.name, method.filter_layer, len(method.chosen_heads)) == (name, layer, heads)
+    assert max(head.layer for head in method.chosen_heads) == layer
+    assert "arXiv 2506.09944" in preset.source
+    assert "not measured here" in preset.source
+    assert method._fault(config(*shape)) is None
+
+
+def test_heads_beyond_another_filter_layer_do_not_count():
+    preset = preset_for(config(28, 3584, 28, 4, 152064))
+    earlier = preset.method("default", filter_layer=16)
+    assert {head.layer for head in earlier.chosen_heads} == {15, 16}
+    assert preset.method("default", filter_layer=9).heads is None
+    assert preset.method("uncalibrated").heads is None
+
+
+def test_other_models_are_filtered_where_published_heads_have_looked():
     preset = preset_for(config(24, 896, 14, 2, 151936))
     assert preset.name == "none"
-    assert preset.layer("default") == preset.layer("paper") == 10  # 24 * 13 / 32 = 9.75
-    assert "layer 10 of 24" in preset.source
+    assert preset.layer("default") == 14  # 24 * 9 / 16 = 13.5
+    assert preset.layer("paper") == 10  # 24 * 13 / 32 = 9.75
+    assert "layer 14 of 24" in preset.source
 
 
 def test_the_default_model_has_been_calibrated():
     preset = preset_for(config(30, 576, 9, 3, 49152))
-    assert preset.default.filter_layer <= 16
-    chosen = {
-        row["layer"]: row["kept"] / row["facts"]
+
+    def share(kept: dict[str, list[int]]) -> float:
+        shares = [held / asked for held, asked in kept.values()]
+        return (sum(shares) + min(shares)) / (len(shares) + 1)
+
+    shares = {
+        row["layer"]: share(row["kept"])
         for row in preset.recall
         if row["kind"] == "learned" and row["keep"] == preset.default.keep
     }
-    assert chosen[preset.default.filter_layer] >= 0.97
-    assert all(share < 0.97 for layer, share in chosen.items() if layer < preset.default.filter_layer)
+    own = shares[preset.default.filter_layer]
+    assert own >= 0.97 * max(shares.values())
+    assert all(
+        share < 0.97 * max(shares.values()) for layer, share in shares.items() if layer < preset.layer("default")
+    )
+    (row,) = (
+        row
+        for row in preset.recall
+        if (row["layer"], row["kind"], row["keep"]) == (preset.layer("default"), "learned", preset.default.keep)
+    )
+    assert tuple(row["heads"]) == preset.default.heads
 
 
 def test_a_file(tmp_path):
@@ -115,6 +159,16 @@ def test_a_file_that_does_not_fit(tmp_path, change, words):
         ({"head_weights": [1, 1]}, "each of 4 query heads"),
         ({"head_weights": [1, 1, -1, 1]}, "at least 0"),
         ({"head_weights": [0, 0, 0, 0]}, "not all 0"),
+        ({"heads": ["1/2"]}, "head_weights and heads were given"),
+        ({"head_weights": None, "heads": ["3/0"]}, "head '3/0' .* layers up to the filter layer, 2, and heads 0 to 3"),
+        ({"head_weights": None, "heads": ["1/4"]}, "head '1/4' .* heads 0 to 3"),
+        ({"head_weights": None, "heads": ["1.2"]}, "head '1.2' .* expected layer/head"),
+        ({"head_weights": None, "heads": ["1/2", "1/2:0.5"]}, "heads is empty or names one twice"),
+        ({"head_weights": None, "heads": []}, "heads is empty"),
+        ({"head_weights": None, "heads": [12]}, "heads.* expected a list of strings"),
+        ({"lexical": -1}, "'lexical' is -1, expected a number of at least 0"),
+        ({"chunk": 1}, "shared words, need chunks"),
+        ({"normalisation": "none"}, "a normalisation other than 'none'"),
         ({"head_weights": [1, float("nan"), 0, 0]}, "'head_weights' is .* expected a list of numbers of at least 0"),
         ({"keep": 0}, "'keep' is 0"),
         ({"keep": True}, "'keep' is True"),

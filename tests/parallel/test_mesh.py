@@ -67,11 +67,11 @@ def test_a_mesh_keeps_and_answers_what_one_device_does(family, meshes):
             compared[what] += 1
     with_all = "data:2,seq:2,model:2" in found
     if with_all:
-        assert len(set(map(str, [one["answers"], one["paper"], one["int8"]]))) == 3
+        assert len(set(map(str, [one["answers"], one["paper"], one["int8"], one["heads"]]))) == 4
     assert len(found) == (len(meshes) or 10 + 6)
     counts = {"dense": len(found) - len(refused), "answers": 6 if meshes is _EVERY else len(found) - len(refused)}
     counts["tri_shape"] = counts["dense"]
-    once = ("paper", "int8", "document", *mesh_programs.EVICTING) if with_all else ()
+    once = ("paper", "int8", "heads", "document", *mesh_programs.EVICTING) if with_all else ()
     assert compared == counts | dict.fromkeys(once, 1)
 
 
@@ -92,7 +92,8 @@ mesh = sharding.make_mesh(sharding.MeshShape(seq=int(sys.argv[1])))
 model = abstract_decoder(config, Loading(jnp.dtype(jnp.float32), mesh=mesh))
 one = jax.ShapeDtypeStruct((1,), jnp.int32)
 pattern = TriShape(one, first=64, band=512, room=32) if sys.argv[2] == "tri_shape" else None
-scoring = scoring_pass.ScoringPass(jnp.int32(2), jnp.ones(config.heads), pattern, 32, "softmax", int8=False)
+weights = jnp.ones((1, config.heads))
+scoring = scoring_pass.ScoringPass(jnp.int32(2), jnp.array([2]), weights, pattern, 32, "softmax", int8=False)
 lowered = scoring_pass.score_prompt.lower(model, jax.ShapeDtypeStruct((1, {_LONG}), jnp.int32), one, one, scoring)
 print(lowered.compile().as_text())
 """

@@ -29,7 +29,14 @@ def _program(method, **jit_options):
 
 
 hidden_states = _program(Decoder.hidden_states)
-keys_and_last_queries = _program(Decoder.keys_and_last_queries, static_argnames="observation_window")
+
+
+def _keys_and_last_queries(model, ids, lengths, layer, observation_window):
+    x = model.hidden_states(ids, lengths, layer)
+    return model.keys_and_last_queries(x, lengths, layer, observation_window)
+
+
+keys_and_last_queries = _program(_keys_and_last_queries, static_argnames="observation_window")
 prefill = _program(Decoder.prefill)
 logits = _program(Decoder.logits)
 

@@ -206,7 +206,8 @@ def _request(attention, **of_method):
     from gemfilter_jax.planning.programs import Request
 
     config = models.config_of("llama-3.1-8b")
-    method = dataclasses.replace(presets.preset_for(config).default, filter_attention=attention, **of_method)
+    default = presets.preset_for(config).default
+    method = dataclasses.replace(default, heads=None, filter_attention=attention, **of_method)
     return Request(config, LENGTH, method)
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.evals.bench import Row
 from gemfilter_jax.evals.result_file import Line, ResultFile
-from gemfilter_jax.reporting import plots, score_tables
+from gemfilter_jax.reporting import plots, score_tables, terminal
 
 HEADING = {"title": "Hidden facts", "parts": "depth", "model": "m", "main_score": "right", "answer": True}
 DEPTHS = ("0 %", "100 %")
@@ -174,7 +174,7 @@ def test_json_has_the_numbers():
 
 
 def test_running_scores_are_lines_where_there_is_no_terminal(monkeypatch, capsys):
-    monkeypatch.setattr(score_tables, "_SECONDS_BETWEEN", 0.0)
+    monkeypatch.setattr(terminal, "SECONDS_BETWEEN", 0.0)
     lines = list(RESULTS.lines[:4])
     with score_tables.running(Console(force_terminal=False, width=200), lines, 6, "right") as report:
         for number, right in ((0, 1.0), (1, 0.0)):

@@ -82,6 +82,9 @@ class NoLiteralMatch(Task):
     title: ClassVar[str] = "Facts that share no word with their questions"
     parts: ClassVar[str] = "steps of knowledge"
     hops: Literal["one", "two", "both"] = option("both", "Steps of knowledge from a fact to its question.")
+    split: Literal["all", "train", "held_out"] = option(
+        "all", "Ask for every fact, or for those of one half, of which train is the one that presets are learned on."
+    )
     count: int | None = option(None, "Questions of each length; each fact once per hop if unset.", at_least=1)
     distractors: int = option(2, "Facts in the text about other people and of other kinds.", at_least=0)
     seed: int = option(0, "Random seed of the names, the facts and their places.")
@@ -109,6 +112,12 @@ class NoLiteralMatch(Task):
         text = "\n\n".join(self._paragraphs).lower()
         return tuple(name for name in load()[1] if name.lower() not in text)
 
+    @property
+    def _own_facts(self) -> tuple[Fact, ...]:
+        """The facts that are asked for."""
+        facts = load()[0]
+        return facts if self.split == "all" else facts[0 if self.split == "train" else 1 :: 2]
+
     def examples(self, tokenizer: "PreTrainedTokenizerBase", tokens: int) -> Iterator[Example]:
         """`count` examples, in an order of the facts drawn from the seed; hops alternate if both are asked for.
 
@@ -118,9 +127,9 @@ class NoLiteralMatch(Task):
         Raises:
           UserError: the text is too short for its facts.
         """
-        facts, _ = load()
+        facts, own = load()[0], self._own_facts
         order = random.Random(f"{self.name} {self.seed}")
-        shuffled, first_depth = order.sample(facts, len(facts)), order.random()
+        shuffled, first_depth = order.sample(own, len(own)), order.random()
         hops = _HOPS[self.hops]
         rounds = range(len(hops))
         cases: list[tuple[Fact, Hop]] = [

@@ -69,22 +69,22 @@ class Reading:
         )
 
     def scores(self, model: Decoder, prompt: Prompt, method: "GemFilter") -> np.ndarray:
-        """float32 [S], a score for each token of a prompt with this document; with segments, 0 for required tokens."""
+        """float32 [N, S], of each token of a prompt with this document; with segments, 0 for required tokens."""
         whole = len(prompt) <= segments.reach(model.config, method)
         question = prompt.ids[len(prompt) - prompt.suffix_length :]
-        scores = np.zeros(len(prompt), np.float32)
-        done = prompt.prefix_length
         # The suffix attends to the whole document, whatever pattern the document was read with.
         scoring = dataclasses.replace(_pass(model, method, 0, len(self.beginnings), whole=whole), pattern=None)
+        scores = np.zeros((len(scoring.layers), len(prompt)), np.float32)
+        done = prompt.prefix_length
         for state, group in zip(self.states, _groups(model, method, self.beginnings), strict=True):
             ids, lengths = pad([question] * len(state.lengths), bucket(prompt.suffix_length))
             scored = collectives.to_host(scoring_pass.score_after(model, state, ids, lengths, scoring))
             if whole:
-                return scored[0, : len(prompt)]
+                return scored[0, :, : len(prompt)]
             for row, one in zip(scored, group, strict=False):
-                part = row[prompt.prefix_length : len(one.ids)]
-                scores[done : done + len(part)] = part
-                done += len(part)
+                part = row[:, prompt.prefix_length : len(one.ids)]
+                scores[:, done : done + part.shape[1]] = part
+                done += part.shape[1]
         return scores
 
 

@@ -6,10 +6,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gemfilter_jax.buckets import bucket
-from gemfilter_jax.methods import passages
 from gemfilter_jax.methods.base import Progress
-from gemfilter_jax.methods.gemfilter import scoring_pass, segments
-from gemfilter_jax.methods.passages import PassageRule
+from gemfilter_jax.methods.gemfilter import fusion, scoring_pass, segments
 from gemfilter_jax.models.transformer import Decoder
 from gemfilter_jax.parallel import sharding
 from gemfilter_jax.text.prompt import Prompt
@@ -65,7 +63,7 @@ def keep_tokens_of_document(
     whole = len(prompt) <= segments.reach(model.config, method)
     scores = reading.scores(model, prompt, method)
     if whole:
-        return passages.kept([scores], [prompt], [np.arange(len(prompt))], PassageRule.of(method))[0]
+        return fusion.kept([scores], [prompt], [np.arange(len(prompt))], method)[0]
     return _in_rounds(model, prompt, method, _Counter(progress, _to_read(prompt, method, 0) - len(prompt)), scores)
 
 
@@ -107,15 +105,15 @@ def _in_rounds(
         else:
             scores, first = first, None
         last = keep == budgets[-1]
-        rows = passages.kept([scores], [prompt], [rows], PassageRule.of(method), keep=None if last else keep)[0]
+        rows = fusion.kept([scores], [prompt], [rows], method, keep=None if last else keep)[0]
     return rows
 
 
 def _scores_in_pieces(
     model: Decoder, prompt: Prompt, rows: np.ndarray, method: "GemFilter", count: _Counter
 ) -> np.ndarray:
-    """A score for each of `rows`, read in as many passes as they need; 0 for required tokens."""
-    scores = np.zeros(len(rows), np.float32)
+    """float32 [N, n], of each of n rows, read in as many passes as they need; 0 for required tokens."""
+    scores = np.zeros((max(len(method.chosen_heads), 1), len(rows)), np.float32)
     prefix, suffix = rows[: prompt.prefix_length], rows[len(rows) - prompt.suffix_length :]
     whole = len(rows) <= segments.reach(model.config, method)
     done = prompt.prefix_length
@@ -127,7 +125,7 @@ def _scores_in_pieces(
         alike = [prompt] * len(group)
         scored = scoring_pass.scores(model, ids, alike, method, whole=whole, document=longest, width=width)
         for row, piece in zip(scored, group, strict=True):
-            scores[done : done + len(piece)] = row[prompt.prefix_length : prompt.prefix_length + len(piece)]
+            scores[:, done : done + len(piece)] = row[:, prompt.prefix_length : prompt.prefix_length + len(piece)]
             done += len(piece)
             count.add(len(piece))
     count.add(prompt.prefix_length + prompt.suffix_length)
@@ -141,4 +139,4 @@ def _best_of_whole(model: Decoder, prompts: Sequence[Prompt], method: "GemFilter
     scores = scoring_pass.scores(
         model, ids, prompts, method, whole=True, document=document, width=bucket(max(map(len, ids)))
     )
-    return passages.kept(list(scores), prompts, [np.arange(len(prompt)) for prompt in prompts], PassageRule.of(method))
+    return fusion.kept(list(scores), prompts, [np.arange(len(prompt)) for prompt in prompts], method)

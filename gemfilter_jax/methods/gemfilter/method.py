@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar
 
@@ -29,8 +30,34 @@ AUTO = "auto"
 """The budget that keeps enough tokens to hold a share of the score, up to the preset's `keep`."""
 
 _FORMER_NAMES = {"window": "observation_window", "kernel": "pool_size"}
+_HEAD = re.compile(r"(\d{1,9})/(\d{1,9})(?::(\d*\.?\d+))?", re.ASCII)
 
 _Class = TypeVar("_Class", bound=type)
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """A query head whose attention counts.
+
+    Attributes:
+      layer, head: counted from 0.
+      weight: above 0.
+    """
+
+    layer: int
+    head: int
+    weight: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> "Head | None":
+        """A head written as "17/0", layer 17's first head, or with a weight as "17/0:0.5"; None if it is not."""
+        parts = _HEAD.fullmatch(str(text))
+        if not parts or (parts[3] and not float(parts[3])):
+            return None
+        return cls(int(parts[1]), int(parts[2]), float(parts[3] or 1))
+
+    def __str__(self) -> str:
+        return f"{self.layer}/{self.head}" + ("" if self.weight == 1 else f":{self.weight:g}")
 
 
 def _lenient(owner: _Class) -> _Class:
@@ -65,17 +92,24 @@ class GemFilter(Method):
     The defaults are this project's default rule; `GemFilter.paper` is the published one. `observation_window` and
     `pool_size` were called `window` and `kernel`; those names still serve.
 
+    With `heads` or `lexical` a passage is ranked as a whole, by the sum of what each head and the words that it shares
+    with the question say of it, see `fusion.ranking`.
+
     Attributes:
-      filter_layer: r, 0-based: layers 0..r-1 run, layer r's keys and queries score.
+      filter_layer: r, 0-based: layers 0..r-1 run, layer r's keys and queries score, and those of `heads`.
       keep: K, tokens kept, required ones included.
       share: keep no more chunks than hold this share of the document's score, rounded up to a bucket, instead of K
-        tokens in any case; None for K.
+        tokens in any case; None for K. With `heads` or `lexical` it is the probability, as the scores have it, that
+        what is kept holds the answer.
       least: tokens kept at least where `share` decides.
       observation_window: W, observation rows at the end of the prompt, none of them before the question.
       normalisation: see `key_scores.score_keys`; prompts cut into segments are scored with "sink" in place of
         "softmax".
-      head_weights: one weight for each query head, or None for all heads alike.
-      pooling, pool_size: neighbours pooled before ranking.
+      head_weights: one weight for each query head of layer r, or None for all heads alike.
+      heads: heads of layers up to r in place of layer r's, as "layer/head" or "layer/head:weight"; None for layer r's.
+      lexical: weight of the words that a passage shares with the question, see `lexical.scores`; 0 for attention alone.
+      sharpness: how strongly a difference of such scores counts as evidence; see `share`.
+      pooling, pool_size: neighbours pooled before ranking, without `heads` and `lexical`.
       chunk: P, at most so many tokens are ranked and kept together.
       sentences: chunks are whole sentences, of which those beyond P tokens are cut evenly; else P tokens each.
       keep_required: always keep the template, the question and the assistant header.
@@ -106,6 +140,9 @@ class GemFilter(Method):
     observation_window: int = option(32, "Last tokens of the question whose attention is counted.", at_least=1)
     normalisation: Normalisation = option("softmax", "Normalisation of the attention that is counted.")
     head_weights: tuple[float, ...] | None = option(None, "Weight of each query head.", at_least=0)
+    heads: tuple[str, ...] | None = option(None, "Heads of several layers, as layer/head or layer/head:weight.")
+    lexical: float = option(0.7, "Weight of the words shared with the question; 0 for attention alone.", at_least=0)
+    sharpness: float = option(1.0, "Evidence in a unit of score, for keep=auto.", above=0)
     pooling: Pooling = option("max", "Pooling of the scores of neighbours.")
     pool_size: int = option(9, "Neighbours that are pooled.", at_least=1)
     chunk: int = option(64, "Tokens that are kept together, at most.", at_least=1)
@@ -136,6 +173,7 @@ class GemFilter(Method):
             keep=keep,
             observation_window=1,
             normalisation="none",
+            lexical=0.0,
             pooling="mean",
             pool_size=5,
             chunk=1,
@@ -195,6 +233,10 @@ class GemFilter(Method):
             return f"share is {self.share}, which needs a normalisation other than 'none'"
         if self.order == "best_last" and self.positions == "original":
             return "original positions need order 'text'"
+        if self.ranks_passages and (self.chunk == 1 or self.normalisation == "none"):
+            return "heads of several layers, and shared words, need chunks and a normalisation other than 'none'"
+        if self.heads is not None:
+            return self._fault_of_heads(config)
         if self.head_weights is None:
             return None
         with np.errstate(over="ignore", under="ignore"):
@@ -205,6 +247,29 @@ class GemFilter(Method):
             f"{len(held)} head weights were given; expected a number that float32 holds for each of {config.heads} "
             "query heads, not all 0"
         )
+
+    def _fault_of_heads(self, config: "ModelConfig") -> str | None:
+        if self.head_weights is not None:
+            return "head_weights and heads were given; give one of them"
+        for one in self.heads or ():
+            head = Head.parse(one)
+            if head is None or head.layer > self.filter_layer or head.head >= config.heads:
+                return (
+                    f"head {one!r} was given; expected layer/head or layer/head:weight, with layers up to the filter "
+                    f"layer, {self.filter_layer}, and heads 0 to {config.heads - 1}"
+                )
+        places = [(head.layer, head.head) for head in self.chosen_heads]
+        return None if places and len(set(places)) == len(places) else "heads is empty or names one twice"
+
+    @property
+    def chosen_heads(self) -> tuple[Head, ...]:
+        """What `heads` says; empty where layer r's serve."""
+        return tuple(head for one in self.heads or () if (head := Head.parse(one)))
+
+    @property
+    def ranks_passages(self) -> bool:
+        """Whether passages are ranked as wholes, see `fusion.ranking`, and not by their tokens' scores."""
+        return self.heads is not None or self.lexical > 0
 
     def check_prompt(self, model: "Decoder", prompt: "Prompt") -> None:
         """Raise a `UserError` if the method cannot serve this model and prompt."""

@@ -3,7 +3,8 @@
 Programs of a model on a mesh run on all its devices: `score_prompt` shards prompts over the seq axis, the others have
 that axis join the data axis. Batches must then be multiples of the axis that shards them, see `sharding.evenly`.
 
-Axes: B batch, S prompt bucket, T bucket of what follows a beginning, H query heads, W observation rows.
+Axes: B batch, S prompt bucket, T bucket of what follows a beginning, H query heads, N weightings of
+them, W observation rows.
 """
 
 import dataclasses
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("filter_layer", "head_weights", "pattern"),
+    data_fields=("filter_layer", "layers", "head_weights", "pattern"),
     meta_fields=("observation_window", "normalisation", "int8"),
 )
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,8 @@ class ScoringPass:
 
     Attributes:
       filter_layer: r, int32.
-      head_weights: float32 [H].
+      layers: int32 [N], where each weighting looks; where there is one, at r.
+      head_weights: float32 [N, H].
       pattern: of attention; None for dense.
       observation_window: W, static.
       normalisation: see `key_scores.score_keys`; static.
@@ -48,6 +50,7 @@ class ScoringPass:
     """
 
     filter_layer: jax.typing.ArrayLike
+    layers: jax.Array
     head_weights: jax.Array
     pattern: TriShape | None
     observation_window: int
@@ -72,9 +75,11 @@ class ScoringPass:
             room = bucket(int(suffix_lengths.max()), smallest=1) if suffix_lengths.any() else 0
             of_rows = jnp.asarray(suffix_lengths, jnp.int32)
             pattern = TriShape(of_rows, first=method.first_tokens, band=method.band, room=room)
+        layers, weights = _weightings(method, heads)
         return cls(
             filter_layer=jnp.int32(method.filter_layer),
-            head_weights=jnp.asarray(method.head_weights or (1.0,) * heads, jnp.float32),
+            layers=jnp.asarray(layers, jnp.int32),
+            head_weights=jnp.asarray(weights, jnp.float32),
             pattern=pattern,
             observation_window=method.observation_window,
             normalisation="sink" if method.normalisation == "softmax" and not whole else method.normalisation,
@@ -84,6 +89,18 @@ class ScoringPass:
     def prepared(self, model: Decoder) -> Decoder:
         """The model as the pass runs it."""
         return model.in_int8() if self.int8 else model
+
+    def of_layer(self, layer: jax.typing.ArrayLike) -> jax.Array:
+        """float32 [N, H], the weights of this device's heads of a layer; 0 for weightings that look elsewhere."""
+        return collectives.own_shard(self.head_weights * (self.layers == layer)[:, None], "model", 1)
+
+
+def _weightings(method: "GemFilter", heads: int) -> tuple[np.ndarray, np.ndarray]:
+    """The layers [N] that a method looks at, and the weights [N, H] of their heads."""
+    if method.heads is None:
+        return np.array([method.filter_layer]), np.array([method.head_weights or (1.0,) * heads])
+    chosen = method.chosen_heads
+    return np.array([one.layer for one in chosen]), np.eye(heads)[[one.head for one in chosen]]
 
 
 def is_tri_shape(method: "GemFilter", document: int) -> bool:
@@ -101,7 +118,7 @@ def scores(
     document: int,
     width: int,
 ) -> np.ndarray:
-    """float32 [B, width], of token ids that begin and end as their prompts do.
+    """float32 [B, N, width], of token ids that begin and end as their prompts do.
 
     Args:
       whole: whether that is all of a prompt, not one of several segments.
@@ -119,29 +136,37 @@ def scores(
 def score_prompt(
     model: Decoder, ids: jax.Array, lengths: jax.Array, suffix_lengths: jax.Array, scoring: ScoringPass
 ) -> jax.Array:
-    """A score for every token of prompts.
+    """A score by each weighting for every token of prompts.
 
     Args:
       ids: int32 [B, S]. lengths: int32 [B].
       suffix_lengths: int32 [B], the last tokens of each prompt, of which at most the last W observe.
 
     Returns:
-      float32 [B, S].
+      float32 [B, N, S].
     """
     dense = scoring.pattern is None
 
     def scored(model, ids, lengths, suffix_lengths, scoring):
-        with jax.named_scope("filter"):
-            q, k, rows = scoring.prepared(model).keys_and_last_queries(
-                ids, lengths, scoring.filter_layer, scoring.observation_window, scoring.pattern
-            )
+        def look(layer: jax.typing.ArrayLike, q: jax.Array, k: jax.Array, rows: jax.Array) -> jax.Array:
             return score_keys(
                 q,
                 _observing(rows, suffix_lengths),
                 k,
-                head_weights=collectives.own_shard(scoring.head_weights, "model", 0),
+                head_weights=scoring.of_layer(layer),
                 normalisation=scoring.normalisation,
                 sequence=shards.sequence_shards(mirrored=dense),
+            )
+
+        with jax.named_scope("filter"):
+            return scoring.prepared(model).looked_at(
+                ids,
+                lengths,
+                scoring.layers,
+                scoring.filter_layer,
+                scoring.observation_window,
+                look,
+                scoring.pattern,
             )
 
     length, shape = ids.shape[1], sharding.shape_of(model.mesh)
@@ -149,16 +174,17 @@ def score_prompt(
     ids = jnp.pad(ids, ((0, 0), (0, sequence.padded(length) - length)))
     order = sequence.order(ids.shape[1])
     batch, sharded = sharding.spec("batch"), sharding.spec("batch", "sequence")
-    in_specs = (sharded, batch, batch, _specs(scoring))
-    run = sharding.on_devices(model, scored, in_specs, sharded, cuts_sequences=True)
+    in_specs, out_specs = (sharded, batch, batch, _specs(scoring)), sharding.spec("batch", None, "sequence")
+    run = sharding.on_devices(model, scored, in_specs, out_specs, cuts_sequences=True)
     ordered = run(ids[:, order] if sequence.mirrored else ids, lengths, suffix_lengths, scoring)
-    return (ordered[:, np.argsort(order)] if sequence.mirrored else ordered)[:, :length]
+    return (ordered[..., np.argsort(order)] if sequence.mirrored else ordered)[..., :length]
 
 
 def _specs(scoring: ScoringPass) -> ScoringPass:
     """How a pass lies on a mesh: the rows of its pattern with the batch, the rest whole."""
     pattern = None if scoring.pattern is None else jax.tree.map(lambda _: sharding.spec("batch"), scoring.pattern)
-    return dataclasses.replace(scoring, filter_layer=sharding.spec(), head_weights=sharding.spec(), pattern=pattern)
+    whole = dict.fromkeys(("filter_layer", "layers", "head_weights"), sharding.spec())
+    return dataclasses.replace(scoring, **whole, pattern=pattern)
 
 
 def _observing(rows: jax.Array, suffix_lengths: jax.Array) -> jax.Array:
@@ -223,22 +249,23 @@ def read(
 
 @jax.jit
 def score_after(model: Decoder, read: KVCache, ids: jax.Array, lengths: jax.Array, scoring: ScoringPass) -> jax.Array:
-    """A score for every token of prompts whose beginnings have been read.
+    """A score by each weighting for every token of prompts whose beginnings have been read.
 
     Args:
       read: of B beginnings of S tokens. ids: int32 [B, T], how the prompts go on.
       lengths: int32 [B], how much of that is real; at most the last W of it observe.
 
     Returns:
-      float32 [B, S + T].
+      float32 [B, N, S + T].
     """
 
     def scored(model, read, ids, lengths, scoring):
+        def look(layer: jax.typing.ArrayLike, q: jax.Array, k: jax.Array, rows: jax.Array) -> jax.Array:
+            return score_keys(q, rows, k, head_weights=scoring.of_layer(layer), normalisation=scoring.normalisation)
+
         with jax.named_scope("filter"):
             prepared = scoring.prepared(model)
-            q, k, rows = prepared.keys_and_last_queries_after(read, ids, lengths, scoring.observation_window)
-            own = collectives.own_shard(scoring.head_weights, "model", 0)
-            return score_keys(q, rows, k, head_weights=own, normalisation=scoring.normalisation)
+            return prepared.looked_at_after(read, ids, lengths, scoring.layers, scoring.observation_window, look)
 
     batch = sharding.spec("batch")
     run = sharding.on_devices(model, scored, (cache_specs(), batch, batch, _specs(scoring)), batch)

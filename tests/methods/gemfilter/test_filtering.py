@@ -22,12 +22,14 @@ _DEFAULT = GemFilter(
     filter_layer=2,
     keep=64,
     observation_window=16,
+    lexical=0.0,
     pooling="none",
     pool_size=1,
     chunk=_CHUNK,
     sentences=False,
     order="text",
 )
+_FUSED = dataclasses.replace(_DEFAULT, heads=("0/1", "2/3:0.5"), lexical=0.7)
 _PAPER = GemFilter.paper(filter_layer=2, keep=64)
 
 
@@ -43,7 +45,7 @@ def _check_kept(kept: np.ndarray, prompt, method: GemFilter) -> None:
         assert np.isin(np.flatnonzero(prompt.required), kept).all()
 
 
-@pytest.mark.parametrize("method", [_DEFAULT, _PAPER], ids=["default", "paper"])
+@pytest.mark.parametrize("method", [_DEFAULT, _FUSED, _PAPER], ids=["default", "fused", "paper"])
 def test_whole_prompts(method):
     prompts = [_prompt(_SEGMENT), _prompt(64), _prompt(20), _prompt(70, prefix=0, suffix=64)]
     kept = filtering.keep_tokens(tiny.decoder(), prompts, method)
@@ -53,11 +55,12 @@ def test_whole_prompts(method):
             np.testing.assert_array_equal(rows, np.arange(len(prompt)))
 
 
-def test_a_batch_keeps_what_its_prompts_keep_alone():
+@pytest.mark.parametrize("method", [_DEFAULT, _FUSED], ids=["default", "fused"])
+def test_a_batch_keeps_what_its_prompts_keep_alone(method):
     prompts = [_prompt(128), _prompt(97), _prompt(700), _prompt(115), _prompt(200)]
-    together = filtering.keep_tokens(tiny.decoder(), prompts, _DEFAULT)
+    together = filtering.keep_tokens(tiny.decoder(), prompts, method)
     for rows, prompt in zip(together, prompts, strict=True):
-        np.testing.assert_array_equal(rows, filtering.keep_tokens(tiny.decoder(), [prompt], _DEFAULT)[0])
+        np.testing.assert_array_equal(rows, filtering.keep_tokens(tiny.decoder(), [prompt], method)[0])
 
 
 @pytest.mark.parametrize("normalisation", ["softmax", "none"])
@@ -122,6 +125,8 @@ def test_prompts_beyond_the_context(length, keep):
     [
         pytest.param(_PAPER, id="paper"),
         pytest.param(dataclasses.replace(_DEFAULT, normalisation="sink"), id="sink"),
+        pytest.param(_FUSED, id="fused"),
+        pytest.param(dataclasses.replace(_FUSED, rounds=(300, 100)), id="fused, in rounds"),
         pytest.param(dataclasses.replace(_DEFAULT, keep_required=False, keep=8), id="less than is required"),
         pytest.param(dataclasses.replace(_DEFAULT, chunk=32, pooling="max", pool_size=9), id="pooled chunks"),
     ],
@@ -140,7 +145,7 @@ def score_of_token(monkeypatch) -> dict[int, float]:
         found = np.zeros((len(ids), width), np.float32)
         for row, tokens in enumerate(ids):
             found[row, : len(tokens)] = [scores.get(int(token), 0.0) for token in tokens]
-        return found
+        return found[:, None]
 
     monkeypatch.setattr(scoring_pass, "scores", look_up)
     return scores
@@ -151,7 +156,7 @@ def test_segments_are_whole_chunks_between_prefix_and_suffix(monkeypatch):
 
     def record(model, ids, prompts, method, *, whole, document, width):
         passed.extend(ids)
-        return np.zeros((len(ids), width), np.float32)
+        return np.zeros((len(ids), 1, width), np.float32)
 
     monkeypatch.setattr(scoring_pass, "scores", record)
     prompt = tiny.prompt_of(np.arange(1000, dtype=np.int32), _PREFIX, _SUFFIX)

@@ -1,0 +1,117 @@
+"""Passages ranked by several heads and by words: the ranks, the probabilities, and the passes that score."""
+
+import dataclasses
+
+import bounds
+import numpy as np
+import pytest
+import tiny
+
+from gemfilter_jax.methods import lexical
+from gemfilter_jax.methods.gemfilter import fusion, scoring_pass
+from gemfilter_jax.methods.gemfilter.method import GemFilter, Head
+
+_METHOD = GemFilter(filter_layer=2, keep=64, heads=("0/1", "2/3:0.5"), lexical=0.0, chunk=8, sentences=False)
+_FIRST = np.array([0, 3, 5, 9])
+_TEXTS = ["the red lamp", "a door", "the blue lamp of Ada", "rain"]
+
+
+def _scores(seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).exponential(size=(2, 12)).astype(np.float32)
+
+
+def _ranks(scores: np.ndarray, question: str = "?", **change) -> np.ndarray:
+    return fusion.ranking(scores, _FIRST, _TEXTS, question, dataclasses.replace(_METHOD, **change))
+
+
+def test_a_rank_is_the_weighted_mean_of_standardised_logarithms():
+    scores = _scores()
+    best = np.log([[row[start:stop].max() for start, stop in ((0, 3), (3, 5), (5, 9), (9, 12))] for row in scores])
+    standard = [(row - np.mean(row)) / np.std(row) for row in best]
+    want = (standard[0] + 0.5 * standard[1]) / 1.5
+    # float32 logarithms, standardised: a few units in the last place of numbers below 4.
+    np.testing.assert_allclose(_ranks(scores), want, rtol=0, atol=4 * 8 * 2**-23 * np.abs(best).max())
+
+
+def test_the_scale_of_a_head_does_not_matter():
+    scores = _scores()
+    scaled = scores * np.array([[2.0**20], [2.0**-20]], np.float32)
+    np.testing.assert_allclose(_ranks(scaled), _ranks(scores), rtol=0, atol=64 * 20 * 2**-23)
+
+
+def test_words_are_added():
+    question = "Who owns the blue lamp?"
+    both = _ranks(_scores(), question, lexical=0.7)
+    words = lexical.scores(_TEXTS, question)
+    np.testing.assert_allclose(both, _ranks(_scores(), question) + 0.7 * words, rtol=1e-5)
+    assert np.argmax(words) == 2
+
+
+def test_heads_that_see_no_difference_say_nothing():
+    assert not _ranks(np.ones((2, 12), np.float32)).any()
+
+
+def test_a_passage_that_no_head_looks_at_stays_in_sight():
+    """A score of 0 has no logarithm; it counts as a billionth of the best."""
+    scores = _scores()
+    scores[:, 3:5] = 0
+    ranks = _ranks(scores)
+    assert np.isfinite(ranks).all()
+    assert np.argmin(ranks) == 1
+
+
+def test_the_share_is_that_of_the_probability():
+    """Two of 30 passages are as likely as all others together: half of the probability is in two."""
+    prompt = tiny.prompt_of(np.arange(7 + 240 + 10, dtype=np.int32), 7, 10)
+    scores = np.zeros((1, len(prompt)), np.float32)
+    scores[0, 7:247] = np.exp(np.repeat(np.random.default_rng(0).normal(size=30), 8))
+    method = dataclasses.replace(_METHOD, heads=("2/0",), keep=200, least=1, order="text")
+    ranks = fusion.ranking(scores[:, 7:247], np.arange(0, 240, 8), [""] * 30, "", method)
+    for share in (0.2, 0.5, 0.8):
+        for sharpness in (0.5, 3.0):
+            own = dataclasses.replace(method, share=share, sharpness=sharpness)
+            (kept,) = fusion.kept([scores], [prompt], [np.arange(len(prompt))], own)
+            likely = np.sort(np.exp(sharpness * ranks.astype(np.float64)))[::-1]
+            wanted = 1 + np.searchsorted(np.cumsum(likely) / likely.sum(), share)
+            assert len(kept) >= min(200, 17 + 8 * (wanted - 1))
+            assert len(kept) <= 200
+            chunks = np.unique((kept[(kept >= 7) & (kept < 247)] - 7) // 8)
+            best = np.argsort(-ranks)[: len(chunks)]
+            assert set(chunks) == set(best)
+
+
+@pytest.mark.parametrize("tri_shape", [False, True])
+def test_each_weighting_scores_as_its_head_does_alone(tri_shape):
+    """One pass that looks at heads of layers 0, 1 and 3, and a pass up to the layer of each."""
+    prompt = tiny.prompt_of(tiny.random_ids(120, 3), 7, 10)
+    places = (Head(0, 1), Head(1, 2), Head(3, 0))
+    attention = {"filter_attention": "tri_shape", "band": 24, "first_tokens": 5} if tri_shape else {}
+    base = dataclasses.replace(_METHOD, normalisation="sink", filter_attention="dense") if not tri_shape else _METHOD
+    base = dataclasses.replace(base, normalisation="sink", **attention)
+
+    def scored(method: GemFilter) -> np.ndarray:
+        asked = {"whole": True, "document": len(prompt), "width": 128}
+        return scoring_pass.scores(tiny.decoder(), [prompt.ids], [prompt], method, **asked)[0, :, : len(prompt)]
+
+    together = scored(dataclasses.replace(base, filter_layer=3, heads=tuple(map(str, places))))
+    assert together.shape == (3, len(prompt))
+    for row, place in zip(together, places, strict=True):
+        weights = tuple(float(head == place.head) for head in range(tiny.CONFIG.heads))
+        alone = scored(dataclasses.replace(base, filter_layer=place.layer, heads=None, head_weights=weights))[0]
+        np.testing.assert_allclose(row, alone, rtol=0, atol=bounds.of_decoder(tiny.CONFIG, 120, np.abs(alone).max()))
+
+
+@pytest.mark.parametrize(
+    ("text", "head"),
+    [("17/0", Head(17, 0)), ("0/3:0.5", Head(0, 3, 0.5)), ("2/1:2", Head(2, 1, 2.0)), ("2/1:1", Head(2, 1))],
+)
+def test_heads_are_written_and_read(text, head):
+    assert Head.parse(text) == head
+    assert Head.parse(str(head)) == head
+
+
+@pytest.mark.parametrize(
+    "text", ["", "3", "3/", "/3", "3/1:", "3/1:0", "3/1:-1", "-3/1", "3/1:nan", "3/1 ", "٣/1", "a/b"]
+)
+def test_what_is_no_head(text):
+    assert Head.parse(text) is None
