@@ -5,8 +5,9 @@
 
 Facts are hidden in texts and asked for, half of them in words that the facts do not share, and the attention of every
 head of the first layers is recorded; --questions adds questions about documents. Weights of the heads are learned on
-some texts and questions and measured on others. The table shows, for each layer, the share of answers that is kept. The
-preset takes the earliest layer that is about as good as the best.
+some texts and questions and measured on others. The table shows, for each layer, the share of answers that is kept, and
+balanced, which layers are compared by: the mean over the kinds of questions, the worst counted twice. The preset takes
+the earliest layer that is about as good as the best.
 """
 
 import pathlib
@@ -77,7 +78,7 @@ def main(_: list[str]) -> None:
     from gemfilter_jax.reporting import plots, terminal
 
     def candidates(_: "Preset", config: "ModelConfig") -> int:
-        return FLAGS.layers or config.layers * 2 // 3
+        return FLAGS.layers or max(config.layers * 2 // 3, 1)
 
     model = options.load_pipeline(FLAGS, layers=candidates)
     config = model.checkpoint.model.config
@@ -111,6 +112,7 @@ def _columns(judged: "list[LayerRecall]") -> list[str]:
     return [
         "layer and heads",
         *(f"keep {keep}" for keep in budgets),
+        f"balanced, {budgets[-1]}",
         f"all heads alike, {budgets[-1]}",
         f"without words, {budgets[-1]}",
     ]
@@ -122,7 +124,8 @@ def _cells(one: "LayerRecall") -> list[str]:
         return f"{kept / asked:.2f} ({low:.2f}-{high:.2f})"
 
     named = " ".join(map(str, one.learned[-1].ranking.heads))
-    return [f"{one.layer}  {named}", *map(cell, one.learned), cell(one.alike[-1]), cell(one.attention[-1])]
+    balanced = f"{one.learned[-1].balanced:.2f}"
+    return [f"{one.layer}  {named}", *map(cell, one.learned), balanced, cell(one.alike[-1]), cell(one.attention[-1])]
 
 
 def run() -> None:

@@ -83,8 +83,8 @@ def _request() -> "Request":
     from gemfilter_jax.planning.plan import Request
 
     config = models.config_of(FLAGS.model)
-    method = presets.preset_for(config).default
-    names = ("keep", "filter_layer", "filter_attention", "filter_precision")
+    method = presets.preset_for(config).method("default", filter_layer=FLAGS.filter_layer)
+    names = ("keep", "filter_attention", "filter_precision")
     given = {name: FLAGS[name].value for name in names if FLAGS[name].value is not None}
     return Request(
         config,

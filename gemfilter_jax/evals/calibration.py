@@ -38,6 +38,7 @@ _STEPS = 300
 _LEARNING_RATE = 0.1
 _SPARSITY = 0.02  # weight of the sparsity penalty in the loss; it drives heads that add nothing to 0
 _SMALLEST_SHARE = 0.1  # heads with a smaller share of the weights are dropped
+_SHARPNESSES = tuple(round(0.05 * 1.1**step, 3) for step in range(60))  # up to 14
 _MASKED = -1e9  # finite, so that gradients stay finite
 
 
@@ -48,6 +49,7 @@ class Recorded:
     Attributes:
       kind: the kind of question.
       scores: float32 [L, H, P], each head's score of each passage's best token.
+      alike: float32 [L, P], the same of all heads of a layer together.
       words: float32 [P], see `lexical.scores`.
       sizes: int [P], tokens in each passage.
       answers: bool [F, P], the passages that hold each of the F facts in question.
@@ -57,6 +59,7 @@ class Recorded:
 
     kind: str
     scores: np.ndarray
+    alike: np.ndarray
     words: np.ndarray
     sizes: np.ndarray
     answers: np.ndarray
@@ -78,6 +81,7 @@ def record(model: Pipeline, example: Example, method: GemFilter, layers: int) ->
         chat_template=model.chat_template,
         message_format=model.message_format,
     )
+    segments.check_room(model.checkpoint.model.config, prompt, method)
     rows = np.arange(len(prompt))
     listed = passages.listed(prompt, passages.PassageRule.of(method), rows)
     scores = np.concatenate(
@@ -90,6 +94,7 @@ def record(model: Pipeline, example: Example, method: GemFilter, layers: int) ->
     return Recorded(
         kind=example.group,
         scores=np.maximum.reduceat(scores, listed.first, axis=2),
+        alike=np.maximum.reduceat(scores.sum(axis=1), listed.first, axis=1),
         words=lexical.scores(listed.texts, prompt.question),
         sizes=listed.sizes,
         answers=np.stack([_holders(starts, ends, span) for span in verbatim or example.spans]),
@@ -119,7 +124,7 @@ def _scores(model: Pipeline, prompt: Prompt, piece: np.ndarray, method: GemFilte
 
 
 def _holders(starts: np.ndarray, ends: np.ndarray, span: tuple[int, int]) -> np.ndarray:
-    """bool [C], chunks that hold more than 1 - `WHOLE` of a fact, so that the fact is not kept without them."""
+    """bool [P], passages that hold more than 1 - `WHOLE` of a fact, so that the fact is not kept without them."""
     overlap = np.maximum(np.minimum(ends, span[1]) - np.maximum(starts, span[0]), 0)
     return overlap > (1 - WHOLE) * (span[1] - span[0])
 
@@ -143,12 +148,12 @@ class Ranking:
         if self.heads:
             best = np.stack([recorded.scores[one.layer, one.head] for one in self.heads])
         else:
-            best = recorded.scores[self.layer].sum(axis=0, keepdims=True)
+            best = recorded.alike[self.layer][None]
         said = np.average(fusion.said(best), axis=0, weights=[one.weight for one in self.heads] or None)
         return said + self.lexical * recorded.words
 
 
-def learn(recorded: Sequence[Recorded], layers: int, words: float) -> tuple[tuple[Head, ...], float]:
+def learn(recorded: Sequence[Recorded], layers: int, words: float) -> tuple[Head, ...]:
     """Learn weights of the heads of the first `layers` layers that rank the passages with answers first.
 
     The loss is the cross-entropy of softmax(t s), s the passages' ranks and t a learned sharpness, against the passages
@@ -158,7 +163,7 @@ def learn(recorded: Sequence[Recorded], layers: int, words: float) -> tuple[tupl
       words: weight of the words, see `Ranking.lexical`.
 
     Returns:
-      The heads that matter, the strongest of weight 1, and the sharpness.
+      The heads that matter, the strongest of weight 1.
     """
     longest = max(len(one.sizes) for one in recorded)
     heads = recorded[0].scores.shape[1]
@@ -170,16 +175,33 @@ def learn(recorded: Sequence[Recorded], layers: int, words: float) -> tuple[tupl
         said[row, :, :size] = fusion.said(one.scores[:layers].reshape(layers * heads, size))
         shared[row, :size] = words * one.words
         wanted[row, :size] = one.answers.any(axis=0)
-    kinds = collections.Counter(one.kind for one in recorded)
-    weights = np.array([1 / kinds[one.kind] / len(kinds) for one in recorded], np.float32)
-    arrays = tuple(map(jnp.asarray, (said, shared, wanted, weights)))
+    arrays = tuple(map(jnp.asarray, (said, shared, wanted, _weights(recorded))))
     parameters = {"heads": jnp.zeros(layers * heads), "sharpness": jnp.zeros(())}
     learned = _minimised(parameters, *arrays)
     shares = np.asarray(jax.nn.softmax(learned["heads"]))
     used = np.flatnonzero(shares >= min(_SMALLEST_SHARE, shares.max()))
     strengths = [round(float(one), 2) for one in shares[used] / shares.max()]
-    chosen = tuple(Head(int(i) // heads, int(i) % heads, one) for i, one in zip(used, strengths, strict=True))
-    return chosen, float(jnp.exp(learned["sharpness"]))
+    return tuple(Head(int(i) // heads, int(i) % heads, one) for i, one in zip(used, strengths, strict=True))
+
+
+def _weights(recorded: Sequence[Recorded]) -> np.ndarray:
+    """float32 [N], of sum 1: the same for each kind of question."""
+    kinds = collections.Counter(one.kind for one in recorded)
+    return np.array([1 / kinds[one.kind] / len(kinds) for one in recorded], np.float32)
+
+
+def sharpest(recorded: Sequence[Recorded], ranking: Ranking) -> float:
+    """The sharpness t of the highest likelihood, see `learn`, for a ranking as it is."""
+
+    def likelihood(sharpness: float) -> float:
+        total = 0.0
+        for one, weight in zip(recorded, _weights(recorded), strict=True):
+            evidence = sharpness * (ranking.ranks(one) - ranking.ranks(one).max())
+            share = np.exp(evidence[one.answers.any(axis=0)]).sum() / np.exp(evidence).sum()
+            total += weight * np.log(max(share, np.finfo(np.float32).tiny))
+        return total
+
+    return float(max(_SHARPNESSES, key=likelihood))
 
 
 @jax.jit
@@ -218,8 +240,8 @@ class Recall:
     kept: Mapping[str, tuple[int, int]]
 
     @property
-    def share(self) -> float:
-        """Mean over the kinds of the share that is kept, and the worst kind's once more."""
+    def balanced(self) -> float:
+        """What layers are compared by: the share that is kept, mean over the kinds, the worst of which counts twice."""
         shares = [kept / asked for kept, asked in self.kept.values()]
         return (sum(shares) + min(shares)) / (len(shares) + 1)
 
@@ -258,7 +280,7 @@ class LayerRecall:
       learned: with learned weights of the heads of all layers up to this one.
       alike: with all heads of this layer alike.
       attention: as `learned`, without the words.
-      sharpness: see `learn`.
+      sharpness: of the learned ranking, see `sharpest`.
     """
 
     layer: int
@@ -276,13 +298,13 @@ def judge(
     def measured(ranking: Ranking) -> tuple[Recall, ...]:
         return tuple(recall(held_out, ranking, keep) for keep in budgets)
 
-    heads, sharpness = learn(train, layer + 1, words)
+    heads = learn(train, layer + 1, words)
     return LayerRecall(
         layer=layer,
         learned=measured(Ranking(layer, heads, words)),
         alike=measured(Ranking(layer, (), words)),
         attention=measured(Ranking(layer, heads, 0.0)),
-        sharpness=sharpness,
+        sharpness=sharpest(train, Ranking(layer, heads, words)),
     )
 
 
@@ -387,6 +409,8 @@ def _examples(
     if plan.questions is not None:
         real = RealQuestions(questions_file=plan.questions, only="verbatim", seed=plan.seed)
         documents = sorted({example.text for example in real.examples(tokenizer, 0)})
+        if len(documents) < 2:
+            raise UserError(f"{plan.questions}: one document has verbatim answers, expected two or more")
         half = set(random.Random(plan.seed).sample(documents, len(documents) // 2))
         for example in real.examples(tokenizer, 0):
             if (example.text in half) == training:
@@ -394,8 +418,8 @@ def _examples(
 
 
 def _preset(model: Pipeline, plan: Plan, method: GemFilter, judged: Sequence[LayerRecall], learned_on: int) -> Preset:
-    most = max(one.learned[-1].share for one in judged)
-    best = next(one for one in judged if one.learned[-1].share >= plan.target * most)
+    most = max(one.learned[-1].balanced for one in judged)
+    best = next(one for one in judged if one.learned[-1].balanced >= plan.target * most)
     kept, asked = best.learned[-1].counts
     low, high = best.learned[-1].interval
     kinds = ", ".join(f"{name} {kept} of {asked}" for name, (kept, asked) in best.learned[-1].kept.items())
@@ -411,7 +435,7 @@ def _preset(model: Pipeline, plan: Plan, method: GemFilter, judged: Sequence[Lay
             method,
             filter_layer=best.layer,
             heads=tuple(map(str, best.learned[-1].ranking.heads)),
-            sharpness=round(best.sharpness, 3),
+            sharpness=best.sharpness,
             share=AUTO_SHARE,
         ),
         paper_layer=model.preset.paper_layer,

@@ -42,7 +42,7 @@ def bm25(passages: Sequence[str], question: str, *, stems: bool = False) -> np.n
 
 
 def scores(passages: Sequence[str], question: str) -> np.ndarray:
-    """float32 [P], BM25 by stems of each passage, and a part of that of the passages beside it."""
+    """float32 [P], BM25 by stems of each passage of a document, in order, and a part of that of the ones beside it."""
     own = bm25(passages, question, stems=True)
     beside = np.pad(own, 1)
     return own + _OF_NEIGHBOURS * (beside[:-2] + beside[2:])

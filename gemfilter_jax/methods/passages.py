@@ -56,11 +56,13 @@ class Listed:
     Attributes:
       tokens: int [n], the places among those tokens of the ones in passages, increasing.
       first: int [P], the place among `tokens` at which each passage begins.
+      numbers: int [P], increasing: the number of each passage in the prompt, see `chunks`.
       texts: the passages.
     """
 
     tokens: np.ndarray
     first: np.ndarray
+    numbers: np.ndarray
     texts: list[str]
 
     @property
@@ -73,9 +75,9 @@ class Listed:
         """int [P], tokens in each passage."""
         return np.diff(self.first, append=len(self.tokens))
 
-    def for_each_token(self, of_passages: np.ndarray, count: int) -> np.ndarray:
-        """float32 [count]: every token has its passage's value, tokens outside of passages 0."""
-        spread = np.zeros(count, np.float32)
+    def for_each_token(self, of_passages: np.ndarray, count: int, *, others: float = 0.0) -> np.ndarray:
+        """float32 [count]: every token has its passage's value, and tokens outside of passages `others`."""
+        spread = np.full(count, others, np.float32)
         spread[self.tokens] = np.repeat(of_passages, self.sizes)
         return spread
 
@@ -90,7 +92,8 @@ def listed(prompt: Prompt, rule: PassageRule, rows: np.ndarray) -> Listed:
         prompt.offsets[document[first], 0],
         prompt.offsets[np.append(document[first[1:] - 1], document[-1:]), 1],
     )
-    return Listed(tokens, first, [prompt.text[start:end] for start, end in zip(starts, ends, strict=True)])
+    texts = [prompt.text[start:end] for start, end in zip(starts, ends, strict=True)]
+    return Listed(tokens, first, numbers[first], texts)
 
 
 def kept(

@@ -13,6 +13,7 @@ from gemfilter_jax.errors import UserError
 from gemfilter_jax.methods.gemfilter.method import AUTO, GemFilter, Head
 
 AUTO_SHARE = 0.9  # nine of ten answers are in what is kept, as the scores have it
+_SHARE_OF_ATTENTION = 0.3  # where passages are not ranked as wholes
 
 _IDENTITY = ("layers", "width", "heads", "kv_heads", "vocab")  # fine-tunes of a model share its preset
 
@@ -59,7 +60,7 @@ class Preset:
             return GemFilter.paper(layer, budget)
         share = self.default.share if keep is None else None
         if keep == AUTO:
-            share = self.default.share or AUTO_SHARE
+            share = self.default.share or (AUTO_SHARE if self.default.ranks_passages else _SHARE_OF_ATTENTION)
         known = [] if rule == "uncalibrated" else [one for one in self.default.chosen_heads if one.layer <= layer]
         heads = tuple(map(str, known)) or None
         method = dataclasses.replace(self.default, filter_layer=layer, keep=budget, share=share, heads=heads)

@@ -32,7 +32,8 @@ def _recorded(
         for place, strength in finders.items():
             scores[place][holds[0]] = strength
         shared = np.where(holds[0], np.float32(words), np.float32(0))
-        made.append(Recorded(kind, scores, shared, np.full(count, 10), holds, either=False, required=20))
+        sizes = np.full(count, 10)
+        made.append(Recorded(kind, scores, scores.sum(axis=1), shared, sizes, holds, either=False, required=20))
     return made
 
 
@@ -41,32 +42,38 @@ def _places(heads: tuple[Head, ...], at_least: float = 0.0) -> set[tuple[int, in
 
 
 def test_the_head_that_finds_is_learned():
-    heads, _ = calibration.learn(_recorded({(1, 2): 300.0}), 3, words=0.7)
+    heads = calibration.learn(_recorded({(1, 2): 300.0}), 3, words=0.7)
     assert _places(heads, 0.5) == {(1, 2)}
     assert max(one.weight for one in heads) == 1.0
-    heads, _ = calibration.learn(_recorded({(1, 2): 300.0}), 1, words=0.7)
+    heads = calibration.learn(_recorded({(1, 2): 300.0}), 1, words=0.7)
     assert _places(heads) <= {(0, head) for head in range(_HEADS)}
 
 
 def test_heads_of_several_layers_are_learned_together():
     """Each head finds the facts of its own half of the documents; only both together find all."""
     half = _recorded({(0, 3): 300.0}, 40), _recorded({(2, 1): 300.0}, 40)
-    heads, _ = calibration.learn(half[0][:20] + half[1][20:], 3, words=0.7)
+    heads = calibration.learn(half[0][:20] + half[1][20:], 3, words=0.7)
     assert _places(heads, 0.3) == {(0, 3), (2, 1)}
 
 
 def test_every_kind_of_question_has_the_same_weight():
     """Three questions of one kind count as much as thirty of another: both kinds' heads are learned."""
     few, many = _recorded({(0, 3): 300.0}, 3, kind="few"), _recorded({(2, 1): 300.0}, 30, kind="many")
-    heads, _ = calibration.learn([*few, *many], 3, words=0.7)
+    heads = calibration.learn([*few, *many], 3, words=0.7)
     assert _places(heads, 0.3) == {(0, 3), (2, 1)}
 
 
-def test_what_words_find_needs_no_head():
-    """The sharper the evidence of the words, the surer the ranks."""
-    _, alone = calibration.learn(_recorded({}), 3, words=0.7)
-    _, found = calibration.learn(_recorded({}, words=9.0), 3, words=0.7)
-    assert found > alone
+@pytest.mark.parametrize("sharpness", [0.5, 2.0])
+def test_the_sharpness_is_the_one_that_ranks_were_drawn_with(sharpness):
+    """Of 2,000 documents whose answers were drawn from softmax(sharpness * rank)."""
+    rng, made = np.random.default_rng(0), []
+    ranking = Ranking(1, (Head(1, 2),), 0.0)
+    for one in _recorded({}, 2000, 10):
+        likely = np.exp(sharpness * ranking.ranks(one))
+        answer = np.arange(10) == rng.choice(10, p=likely / likely.sum())
+        made.append(dataclasses.replace(one, answers=answer[None]))
+    # The standard error of the estimate is 1 / sqrt(2000 * variance of the ranks under the softmax), below 0.05 of it.
+    assert calibration.sharpest(made, ranking) == pytest.approx(sharpness, rel=0.25)
 
 
 def test_learning_is_deterministic():
@@ -78,16 +85,17 @@ def test_recall_counts_whole_passages_within_the_budget():
     scores = np.ones((1, 2, 4), np.float32)
     scores[0, 1] = [4, 3, 2, 1]
     answers = np.array([[True, True, False, False], [False, False, True, False]])
-    one = Recorded("facts", scores, np.zeros(4), np.array([5, 6, 7, 8]), answers, either=False, required=10)
+    sizes = np.array([5, 6, 7, 8])
+    one = Recorded("facts", scores, scores.sum(axis=1), np.zeros(4), sizes, answers, either=False, required=10)
     either = dataclasses.replace(one, kind="real", either=True, answers=answers[::-1])
     ranking = Ranking(0, (Head(0, 1),), 0.7)
     for keep, kept in ((20, 0), (21, 1), (27, 1), (28, 2)):  # 10 required, then passages of 5, 6 and 7
         measured = calibration.recall([one, either, either], ranking, keep)
         assert measured.kept == {"facts": (kept, 2), "real": (2 * min(kept, 1), 2)}
         assert measured.counts == (kept + 2 * min(kept, 1), 4)
-    assert measured.share == 1.0
+    assert measured.balanced == 1.0
     partly = calibration.recall([one, either, either], ranking, 21)
-    assert partly.share == pytest.approx((0.5 + 1 + 0.5) / 3)  # the worst kind twice
+    assert partly.balanced == pytest.approx((0.5 + 1 + 0.5) / 3)  # the worst kind twice
     assert calibration.recall([one], Ranking(0, (), 0.7), 21).counts == (1, 2)
 
 
@@ -128,7 +136,7 @@ def test_calibration_is_deterministic_and_its_preset_can_be_used(smollm2, tmp_pa
     assert [one.keep for one in judged[0].learned] == [64, 128]
     assert judged[0].learned[0].counts[1] == 4
     assert set(judged[0].learned[0].kept) == {"hidden_facts", "no_literal_match"}
-    shares = [one.learned[-1].share for one in judged]
+    shares = [one.learned[-1].balanced for one in judged]
     chosen = next(layer for layer, share in enumerate(shares) if share >= _PLAN.target * max(shares))
     assert preset.default.filter_layer == chosen
     assert preset.default.heads == tuple(map(str, judged[chosen].learned[-1].ranking.heads))

@@ -10,13 +10,13 @@ import tiny
 from gemfilter_jax.config import ModelConfig
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.methods import presets
-from gemfilter_jax.methods.gemfilter.method import GemFilter
+from gemfilter_jax.methods.gemfilter.method import GemFilter, Head
 from gemfilter_jax.methods.presets import Preset, preset_for, read_preset, write_preset
 
 _MODEL = {"layers": 4, "width": 32, "heads": 4, "kv_heads": 2, "vocab": 128}
 _DEFAULT = {"filter_layer": 2, "keep": 96, "head_weights": [0, 1, 0.5, 0]}
 FIELDS = {"name": "tiny", "model": _MODEL, "default": _DEFAULT, "paper_layer": 3, "source": "here"}
-_OWN = GemFilter(filter_layer=2, keep=96, head_weights=(0.0, 1.0, 0.5, 0.0))
+_OWN = GemFilter(filter_layer=2, keep=96, head_weights=(0.0, 1.0, 0.5, 0.0), lexical=0.0)  # as before words counted
 
 
 def config(layers: int, width: int, heads: int, kv_heads: int, vocab: int) -> ModelConfig:
@@ -99,7 +99,8 @@ def test_the_default_model_has_been_calibrated():
         for row in preset.recall
         if (row["layer"], row["kind"], row["keep"]) == (preset.layer("default"), "learned", preset.default.keep)
     )
-    assert tuple(row["heads"]) == preset.default.heads
+    learned = {(head.layer, head.head) for one in row["heads"] if (head := Head.parse(one))}
+    assert {(head.layer, head.head) for head in preset.default.chosen_heads} < learned
 
 
 def test_a_file(tmp_path):
@@ -108,7 +109,9 @@ def test_a_file(tmp_path):
     preset = read_preset(path, tiny.CONFIG)
     assert preset.method("default") == _OWN
     assert preset.method("default", 50, 1) == dataclasses.replace(_OWN, keep=50, filter_layer=1)
-    assert preset.method("default", presets.AUTO) == dataclasses.replace(_OWN, share=presets.AUTO_SHARE)
+    assert preset.method("default", presets.AUTO) == dataclasses.replace(_OWN, share=0.3)
+    ranked = dataclasses.replace(preset, default=dataclasses.replace(_OWN, lexical=0.7))
+    assert ranked.method("default", presets.AUTO).share == presets.AUTO_SHARE
     adaptive = dataclasses.replace(preset, default=dataclasses.replace(_OWN, share=0.4))
     assert adaptive.method("default").share == adaptive.method("default", presets.AUTO).share == 0.4
     assert adaptive.method("default", 50) == dataclasses.replace(_OWN, keep=50)
@@ -167,8 +170,8 @@ def test_a_file_that_does_not_fit(tmp_path, change, words):
         ({"head_weights": None, "heads": []}, "heads is empty"),
         ({"head_weights": None, "heads": [12]}, "heads.* expected a list of strings"),
         ({"lexical": -1}, "'lexical' is -1, expected a number of at least 0"),
-        ({"chunk": 1}, "shared words, need chunks"),
-        ({"normalisation": "none"}, "a normalisation other than 'none'"),
+        ({"chunk": 1, "lexical": 0.7}, "shared words, need chunks"),
+        ({"normalisation": "none", "lexical": 0.7}, "a normalisation other than 'none'"),
         ({"head_weights": [1, float("nan"), 0, 0]}, "'head_weights' is .* expected a list of numbers of at least 0"),
         ({"keep": 0}, "'keep' is 0"),
         ({"keep": True}, "'keep' is True"),

@@ -90,7 +90,7 @@ class Reading:
 
 def _settings(config: ModelConfig, method: "GemFilter") -> tuple:
     """The options of a method that a reading depends on."""
-    how = (method.filter_layer, method.filter_attention, method.band, method.first_tokens, method.filter_precision)
+    how = (method.looks_at[-1], method.filter_attention, method.band, method.first_tokens, method.filter_precision)
     return (*how, segments.reach(config, method))
 
 
@@ -149,7 +149,7 @@ def read(model: Decoder, prompt: Prompt, method: "GemFilter", *, progress: Progr
         ids, lengths = pad([one.ids for one in rows], width)
         scoring = _pass(model, method, longest - prompt.prefix_length, len(rows))
         extents = lengths + prompt.suffix_length
-        states.append(scoring_pass.read(model, ids, lengths, extents, scoring, filter_layer=method.filter_layer))
+        states.append(scoring_pass.read(model, ids, lengths, extents, scoring, filter_layer=method.looks_at[-1]))
         jax.block_until_ready(states[-1])
         done += sum(len(one.ids) for one in group)
         if progress:

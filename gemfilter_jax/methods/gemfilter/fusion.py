@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gemfilter_jax.methods import lexical, passages
-from gemfilter_jax.methods.passages import PassageRule
+from gemfilter_jax.methods.passages import Listed, PassageRule
 from gemfilter_jax.text.prompt import Prompt
 
 if TYPE_CHECKING:
@@ -35,35 +35,42 @@ def kept(
     values, masses = [], []
     for of_heads, prompt, rows in zip(scores, prompts, candidates, strict=True):
         listed = passages.listed(prompt, rule, rows)
-        ranks = ranking(of_heads[:, listed.tokens], listed.first, listed.texts, prompt.question, method)
-        likely = np.exp(method.sharpness * (ranks - ranks.max()))
-        values.append(listed.for_each_token(ranks, len(rows)))
+        ranks = ranking(of_heads[:, listed.tokens], listed.first, words(prompt, rule, listed, method), method)
+        likely = np.exp(method.sharpness * (ranks - ranks.max(initial=0)))
+        values.append(listed.for_each_token(ranks, len(rows), others=-np.inf))
         masses.append(listed.for_each_token(likely / listed.sizes, len(rows)))
-    return passages.kept(
-        values, prompts, candidates, dataclasses.replace(rule, pooling="none"), keep=keep, masses=masses
-    )
+    of_passages = dataclasses.replace(rule, pooling="none")
+    return passages.kept(values, prompts, candidates, of_passages, keep=keep, masses=masses)
 
 
-def ranking(
-    scores: np.ndarray, first: np.ndarray, texts: Sequence[str], question: str, method: "GemFilter"
-) -> np.ndarray:
-    """float32 [P]: the heads' weighted mean of what each says of a passage, plus `lexical` times the words' score.
+def words(prompt: Prompt, rule: PassageRule, listed: Listed, method: "GemFilter") -> np.ndarray:
+    """float32 [P], `lexical` times the words' score of passages, as it is among all passages of the document."""
+    if not method.lexical:
+        return np.zeros(len(listed.numbers), np.float32)
+    whole = passages.listed(prompt, rule, np.arange(len(prompt)))
+    scores = lexical.scores(whole.texts, prompt.question)
+    return np.float32(method.lexical) * scores[np.searchsorted(whole.numbers, listed.numbers)]
+
+
+def ranking(scores: np.ndarray, first: np.ndarray, of_words: np.ndarray, method: "GemFilter") -> np.ndarray:
+    """float32 [P]: the heads' weighted mean of what each says of a passage, plus what words add.
 
     What a head says is `said` of its score of the passage's best token, whatever the scale of the head.
 
     Args:
       scores: float32 [N, n], of the n tokens of all passages.
-      first: int [P], where in `scores` each passage begins. texts: the P passages.
+      first: int [P], where in `scores` each passage begins. of_words: float32 [P], see `words`.
     """
+    if not len(first):
+        return np.zeros(0, np.float32)
     weights = [head.weight for head in method.chosen_heads] or None
     attention = np.average(said(np.maximum.reduceat(scores, first, axis=1)), axis=0, weights=weights)
-    if not method.lexical:
-        return attention.astype(np.float32)
-    return (attention + method.lexical * lexical.scores(texts, question)).astype(np.float32)
+    return (attention + of_words).astype(np.float32)
 
 
 def said(best: np.ndarray) -> np.ndarray:
     """[N, P]: the logarithm of each head's scores [N, P], in standard deviations from the mean over the P passages."""
+    best = np.nan_to_num(best, nan=0.0)
     faintest = np.maximum(best.max(axis=1, keepdims=True) * _FAINTEST, np.finfo(np.float32).tiny)
     logarithms = np.log(np.maximum(best, faintest))
     deviations = logarithms.std(axis=1, keepdims=True)

@@ -108,7 +108,8 @@ class GemFilter(Method):
       head_weights: one weight for each query head of layer r, or None for all heads alike.
       heads: heads of layers up to r in place of layer r's, as "layer/head" or "layer/head:weight"; None for layer r's.
       lexical: weight of the words that a passage shares with the question, see `lexical.scores`; 0 for attention alone.
-      sharpness: how strongly a difference of such scores counts as evidence; see `share`.
+      sharpness: how strongly a difference of such scores counts as evidence, see `share`; a preset's is right for its
+        own heads and weight of words.
       pooling, pool_size: neighbours pooled before ranking, without `heads` and `lexical`.
       chunk: P, at most so many tokens are ranked and kept together.
       sentences: chunks are whole sentences, of which those beyond P tokens are cut evenly; else P tokens each.
@@ -187,7 +188,11 @@ class GemFilter(Method):
     def of(cls, variant: str, preset: "Preset", **given: Any) -> Self:
         """See `Preset.method`."""
         own = cls._own(given)
+        if variant == "paper" and own.get("lexical"):
+            raise UserError(f"lexical is {own['lexical']}; under the paper's rule words do not count")
         method = preset.method(variant, own.pop("keep", None), own.pop("filter_layer", None))
+        if own.keys() & {"heads", "head_weights"}:
+            method = dataclasses.replace(method, heads=None, head_weights=None)
         return cls(**dataclasses.asdict(method) | own)
 
     @classmethod
@@ -196,7 +201,7 @@ class GemFilter(Method):
         for former, name in _FORMER_NAMES.items():
             if former in fields and name in fields:
                 raise UserError(f"{source}: fields {former!r} and {name!r} mean the same; give one of them")
-        fields = _renamed(fields)
+        fields = {"lexical": 0.0} | _renamed(fields)  # written before words counted
         if "filter_layer" not in fields:
             raise UserError(f"{source}: field 'filter_layer' is missing")
         method = cls(**settings.from_json(cls, fields, source))
@@ -265,6 +270,11 @@ class GemFilter(Method):
     def chosen_heads(self) -> tuple[Head, ...]:
         """What `heads` says; empty where layer r's serve."""
         return tuple(head for one in self.heads or () if (head := Head.parse(one)))
+
+    @property
+    def looks_at(self) -> tuple[int, ...]:
+        """The layers whose attention counts; the filter stops at the last of them."""
+        return tuple(sorted({head.layer for head in self.chosen_heads})) or (self.filter_layer,)
 
     @property
     def ranks_passages(self) -> bool:
@@ -337,4 +347,4 @@ class GemFilter(Method):
 
     def work(self, config: "ModelConfig") -> str:
         """Layer r."""
-        return f"layer {self.filter_layer} of {config.layers} picked"
+        return f"layer {self.looks_at[-1]} of {config.layers} picked"

@@ -40,7 +40,7 @@ class ScoringPass:
     """What a method says of a pass, as an argument of the programs.
 
     Attributes:
-      filter_layer: r, int32.
+      filter_layer: the last layer that is looked at, int32.
       layers: int32 [N], where each weighting looks; where there is one, at r.
       head_weights: float32 [N, H].
       pattern: of attention; None for dense.
@@ -77,7 +77,7 @@ class ScoringPass:
             pattern = TriShape(of_rows, first=method.first_tokens, band=method.band, room=room)
         layers, weights = _weightings(method, heads)
         return cls(
-            filter_layer=jnp.int32(method.filter_layer),
+            filter_layer=jnp.int32(method.looks_at[-1]),
             layers=jnp.asarray(layers, jnp.int32),
             head_weights=jnp.asarray(weights, jnp.float32),
             pattern=pattern,

@@ -31,7 +31,7 @@ def reach(config: ModelConfig, method: "GemFilter") -> int:
     """
     if method.normalisation == "none":
         return config.context
-    return min(config.reach(method.filter_layer), method.segment or int(_SEGMENT * config.context))
+    return min(*map(config.reach, method.looks_at), method.segment or int(_SEGMENT * config.context))
 
 
 def check_room(config: ModelConfig, prompt: Prompt, method: "GemFilter") -> None:
