@@ -1,7 +1,7 @@
 """Time methods on this device, in one process.
 
 gemfilter bench --lengths=1024,2048,4096,8000 --keep=512 --output=bench.json --plot=bench.png
-gemfilter bench --model=llama-3.1-8b --random_weights --lengths=32768,131000
+gemfilter bench --model=llama-3.1-8b --random_weights --lengths=32768,130000
 """
 
 import dataclasses

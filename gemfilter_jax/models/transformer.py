@@ -241,25 +241,34 @@ class Decoder(nnx.Module):
           last: the layer to stop at, which may be traced; no later layer runs.
         """
 
-        def add(layer: jax.typing.ArrayLike, x: jax.Array, total: jax.Array) -> jax.Array:
-            return total + look(layer, *self.keys_and_last_queries(x, lengths, layer, observation_window, pattern))
+        def at(layer: jax.typing.ArrayLike, x: jax.Array) -> jax.Array:
+            return look(layer, *self.keys_and_last_queries(x, lengths, layer, observation_window, pattern))
+
+        attend = self.among_themselves(lengths, pattern)
+        return self._summed_over(layers, last, at, ids, self._table(ids, lengths, pattern), lengths, attend)
+
+    def _summed_over(
+        self,
+        layers: jax.Array,
+        last: jax.typing.ArrayLike,
+        at: Callable[[jax.typing.ArrayLike, jax.Array], jax.Array],
+        ids: jax.Array,
+        table: Table,
+        lengths: jax.Array,
+        attend: Attend,
+    ) -> jax.Array:
+        """The sum of at(layer, x) over layers with inputs x, in one `forward` up to layer `last`; see `looked_at`."""
 
         def add_if_looked_at(visit: Visit, total: jax.Array) -> jax.Array:
             here = (layers == visit.layer).any()
-            return jax.lax.cond(here, lambda: add(visit.layer, visit.x, total), lambda: total)
+            return jax.lax.cond(here, lambda: total + at(visit.layer, visit.x), lambda: total)
 
         x = self._embedded(ids)
-        one = jax.eval_shape(functools.partial(add, 0, total=jnp.zeros(())), x)
-        x, total = self.forward(
-            x,
-            self._table(ids, lengths, pattern),
-            lengths,
-            layers=last,
-            attend=self.among_themselves(lengths, pattern),
-            hook=None if len(layers) == 1 else add_if_looked_at,
-            state=jnp.zeros(one.shape, one.dtype),
-        )
-        return add(last, x, total)
+        one = jax.eval_shape(at, 0, x)
+        hook = None if len(layers) == 1 else add_if_looked_at
+        nothing = jnp.zeros(one.shape, one.dtype)
+        x, total = self.forward(x, table, lengths, layers=last, attend=attend, hook=hook, state=nothing)
+        return total + at(last, x)
 
     def at_each_layer(
         self,
@@ -327,7 +336,6 @@ class Decoder(nnx.Module):
           look: is given q [B, W, H, E], k [B, S + T, G, E] and rows [B, W], -1 for rows before `ids`; each row of k
             begins with the keys of its prefix, then those of its `ids`.
         """
-        last = len(read.values)
         observed = lengths[:, None] - observation_window + jnp.arange(observation_window)
         rows = jnp.where(observed < 0, -1, read.lengths[:, None] + observed)
         positions = read.next_positions(ids.shape[1])
@@ -338,29 +346,14 @@ class Decoder(nnx.Module):
             k, v = read.followed_by(keys, visit.k), read.followed_by(values, visit.v)
             return attention.rows(visit.q, positions, k, v, window=visit.sliding_window)
 
-        def add(index: jax.typing.ArrayLike, x: jax.Array, total: jax.Array) -> jax.Array:
+        def at(index: jax.typing.ArrayLike, x: jax.Array) -> jax.Array:
             layer = self.layer(index)
             normed = layer.attention_norm(x)
             k = read.followed_by(read.keys[index], layer.keys(normed, table))
             q = jnp.take_along_axis(layer.queries(normed, table), jnp.maximum(observed, 0)[..., None, None], axis=1)
-            return total + look(index, q, k, rows)
+            return look(index, q, k, rows)
 
-        def add_if_looked_at(visit: Visit, total: jax.Array) -> jax.Array:
-            here = (layers == visit.layer).any()
-            return jax.lax.cond(here, lambda: add(visit.layer, visit.x, total), lambda: total)
-
-        x = self._embedded(ids)
-        one = jax.eval_shape(functools.partial(add, 0, total=jnp.zeros(())), x)
-        x, total = self.forward(
-            x,
-            table,
-            lengths,
-            layers=last,
-            attend=attend,
-            hook=None if len(layers) == 1 else add_if_looked_at,
-            state=jnp.zeros(one.shape, one.dtype),
-        )
-        return add(last, x, total)
+        return self._summed_over(layers, len(read.values), at, ids, table, lengths, attend)
 
     def _embedded(self, ids: jax.Array) -> jax.Array:
         """[...] -> [..., D]."""
