@@ -17,7 +17,7 @@ from gemfilter_jax.checkpoints.weights import BytesRead
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.generate import loop
 from gemfilter_jax.generate.sampling import GREEDY, Sampling
-from gemfilter_jax.methods.base import Method, Progress, Reader
+from gemfilter_jax.methods.base import Kept, Method, Progress, Reader
 from gemfilter_jax.methods.presets import Preset, preset_for
 from gemfilter_jax.ops.attention import check_runs_here
 from gemfilter_jax.parallel import collectives, sharding
@@ -34,12 +34,15 @@ class KeptText:
       prompt_tokens: number of tokens in the prompt, template and question included.
       indices: indices of the kept tokens, increasing.
       spans: (start, end) character offsets into `prompt` of the kept passages, in order.
+      recall_estimate: estimated probability that the kept passages hold the answer, if the text does; None where the
+        method, or the model's preset, has no estimate.
     """
 
     prompt: str
     prompt_tokens: int
     indices: tuple[int, ...]
     spans: tuple[tuple[int, int], ...]
+    recall_estimate: float | None = None
 
     @property
     def kept_tokens(self) -> int:
@@ -69,6 +72,7 @@ class KeptText:
             "kept_tokens": self.kept_tokens,
             "indices": self.indices,
             "spans": self.spans,
+            "recall_estimate": self.recall_estimate,
         }
 
 
@@ -253,7 +257,7 @@ class Pipeline:
         method: Method,
         watch: Stopwatch,
         progress: Progress | None,
-    ) -> tuple[list[Prompt], list[np.ndarray]]:
+    ) -> tuple[list[Prompt], list[Kept]]:
         with watch.stage("tokenize"):
             prompts = [self._encode(text, question, method) for text, question in zip(texts, questions, strict=True)]
         return prompts, method.select(self.checkpoint.model, prompts, watch=watch, progress=progress)
@@ -261,7 +265,7 @@ class Pipeline:
     def _answer(
         self,
         prompts: list[Prompt],
-        kept: list[np.ndarray],
+        kept: list[Kept],
         method: Method,
         max_new_tokens: int,
         sampling: Sampling,
@@ -270,7 +274,7 @@ class Pipeline:
         on_text: Callable[[str], None] | None = None,
     ) -> list[Result]:
         model = self.checkpoint.model
-        longest = max(map(len, kept))
+        longest = max(len(one.indices) for one in kept)
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {max_new_tokens}; at least 1 token must be generated")
         of_prompts = method.budget is None or method.eviction is not None or method.keeps_positions
@@ -286,10 +290,10 @@ class Pipeline:
         width = bucket(longest)
         parts = sharding.shape_of(model.mesh).rows
         rows = sharding.evenly(list(zip(prompts, kept, strict=True)), parts)
-        ids, lengths = loop.pad([prompt.ids[indices] for prompt, indices in rows], width)
+        ids, lengths = loop.pad([prompt.ids[one.indices] for prompt, one in rows], width)
         positions = jnp.arange(width, dtype=jnp.int32)[None].repeat(len(rows), axis=0)
         if method.keeps_positions:
-            positions, _ = loop.pad([indices for _, indices in rows], width)
+            positions, _ = loop.pad([one.indices for _, one in rows], width)
         with watch.stage("prefill"):
             state = loop.prefill(
                 model,
@@ -307,7 +311,7 @@ class Pipeline:
             jax.block_until_ready(state.tokens)
         if method.eviction is not None:
             held = collectives.to_host(state.cache.positions)
-            rows = [(prompt, indices[_held(held[:, row])]) for row, (prompt, indices) in enumerate(rows)]
+            rows = [(prompt, _still_held(one, held[:, row])) for row, (prompt, one) in enumerate(rows)]
         with watch.stage("decode"):
             state = loop.decode(model, state) if on_text is None else self._stream(state, on_text)
             tokens, counts, stopped = collectives.to_host((state.tokens, state.lengths, state.stopped))
@@ -334,7 +338,7 @@ class Pipeline:
         return str(self.checkpoint.tokenizer.decode(tokens[:-1] if stopped else tokens, skip_special_tokens=True))
 
     def _result(
-        self, prompt: Prompt, kept: np.ndarray, tokens: np.ndarray, stopped: bool, timings: dict[str, float]
+        self, prompt: Prompt, kept: Kept, tokens: np.ndarray, stopped: bool, timings: dict[str, float]
     ) -> Result:
         return Result(
             text=self._decoded(tokens, stopped),
@@ -392,7 +396,7 @@ class Document:
 
     def _filter(
         self, question: str, method: Method, watch: Stopwatch, progress: Progress | None
-    ) -> tuple[Prompt, np.ndarray]:
+    ) -> tuple[Prompt, Kept]:
         with watch.stage("tokenize"):
             prompt = self._model._encode(self._text, question, method)
         return prompt, self._reader.select(prompt, method=method, watch=watch, progress=progress)
@@ -404,14 +408,15 @@ def _check_selects(method: Method) -> None:
         raise UserError(f"{type(method).__name__} keeps keys and values, not tokens: there is no text to select")
 
 
-def _held(positions: np.ndarray) -> np.ndarray:
-    """Increasing positions that at least one layer and key head still holds, from one row's positions [L, G, C]."""
-    return np.unique(positions[positions >= 0])
+def _still_held(kept: Kept, positions: np.ndarray) -> Kept:
+    """The kept tokens that at least one layer and key head still holds, from one row's positions [L, G, C]."""
+    held = np.unique(positions[positions >= 0])
+    return kept if len(held) == len(kept.indices) else Kept(kept.indices[held])
 
 
-def _kept_text(prompt: Prompt, kept: np.ndarray) -> KeptText:
-    rows = np.sort(kept)
-    return KeptText(prompt.text, len(prompt), tuple(map(int, rows)), tuple(prompt.spans(rows)))
+def _kept_text(prompt: Prompt, kept: Kept) -> KeptText:
+    rows = np.sort(kept.indices)
+    return KeptText(prompt.text, len(prompt), tuple(map(int, rows)), tuple(prompt.spans(rows)), kept.recall)
 
 
 def load(

@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # commands parse their flags before they import JAX, so that 
 
 _PLOTS = (".png", ".svg", ".pdf")
 _COMPARED = ("full", "default", "paper")
-_FILTER_OPTIONS = ("filter_layer", "lexical", "filter_attention", "filter_precision", "band", "first_tokens")
+_FILTER_OPTIONS = ("recall", "filter_layer", "lexical", "filter_attention", "filter_precision", "band", "first_tokens")
 
 
 def define_weights(values: flags.FlagValues) -> None:
@@ -131,7 +131,8 @@ def define_filter(values: flags.FlagValues, *, budgets: bool = False) -> None:
     flags.DEFINE_string(
         "keep",
         None,
-        "Tokens to keep. auto: as many as hold a share of the score, at most the preset's number. "
+        "Tokens to keep. auto: as many as hold the answer with the probability of --recall, at most the preset's "
+        "number. "
         + ("Several, separated by commas, are compared. " if budgets else "")
         + "Default: the preset's choice.",
         flag_values=values,

@@ -28,8 +28,15 @@ from gemfilter_jax.evals.tasks.real_questions import RealQuestions
 from gemfilter_jax.generate import loop
 from gemfilter_jax.methods import lexical, passages
 from gemfilter_jax.methods.gemfilter import fusion, scoring_pass, segments
-from gemfilter_jax.methods.gemfilter.method import FilterAttention, FilterPrecision, GemFilter, Head
-from gemfilter_jax.methods.presets import AUTO_SHARE, Preset
+from gemfilter_jax.methods.gemfilter.method import (
+    AUTO_RECALL,
+    FilterAttention,
+    FilterPrecision,
+    GemFilter,
+    Head,
+    log_odds,
+)
+from gemfilter_jax.methods.presets import Preset
 from gemfilter_jax.parallel import collectives, sharding
 from gemfilter_jax.pipeline import Pipeline
 from gemfilter_jax.text.prompt import Prompt, encode
@@ -39,6 +46,10 @@ _LEARNING_RATE = 0.1
 _SPARSITY = 0.02  # weight of the sparsity penalty in the loss; it drives heads that add nothing to 0
 _SMALLEST_SHARE = 0.1  # heads with a smaller share of the weights are dropped
 _SHARPNESSES = tuple(round(0.05 * 1.1**step, 3) for step in range(60))  # up to 14
+_LONG = 4  # times the usual length: some texts, so that passages of different segments are compared
+_NEWTON_STEPS = 30
+_PENALTY = 0.5  # of the regression of recall, in questions
+_LEAST_SLOPE = 0.05
 _MASKED = -1e9  # finite, so that gradients stay finite
 
 
@@ -48,8 +59,7 @@ class Recorded:
 
     Attributes:
       kind: the kind of question.
-      scores: float32 [L, H, P], each head's score of each passage's best token.
-      alike: float32 [L, P], the same of all heads of a layer together.
+      scores: float32 [L, H, P], each head's mean score of each passage's tokens.
       words: float32 [P], see `lexical.scores`.
       sizes: int [P], tokens in each passage.
       answers: bool [F, P], the passages that hold each of the F facts in question.
@@ -59,7 +69,6 @@ class Recorded:
 
     kind: str
     scores: np.ndarray
-    alike: np.ndarray
     words: np.ndarray
     sizes: np.ndarray
     answers: np.ndarray
@@ -93,8 +102,7 @@ def record(model: Pipeline, example: Example, method: GemFilter, layers: int) ->
     verbatim = getattr(example, "occurrences", ())
     return Recorded(
         kind=example.group,
-        scores=np.maximum.reduceat(scores, listed.first, axis=2),
-        alike=np.maximum.reduceat(scores.sum(axis=1), listed.first, axis=1),
+        scores=fusion.mean_scores(scores, listed.first),
         words=lexical.scores(listed.texts, prompt.question),
         sizes=listed.sizes,
         answers=np.stack([_holders(starts, ends, span) for span in verbatim or example.spans]),
@@ -146,10 +154,10 @@ class Ranking:
     def ranks(self, recorded: Recorded) -> np.ndarray:
         """float32 [P], the higher the better."""
         if self.heads:
-            best = np.stack([recorded.scores[one.layer, one.head] for one in self.heads])
+            scores = np.stack([recorded.scores[one.layer, one.head] for one in self.heads])
         else:
-            best = recorded.alike[self.layer][None]
-        said = np.average(fusion.said(best), axis=0, weights=[one.weight for one in self.heads] or None)
+            scores = recorded.scores[self.layer].sum(axis=0, keepdims=True)
+        said = np.average(fusion.said(scores), axis=0, weights=[one.weight for one in self.heads] or None)
         return said + self.lexical * recorded.words
 
 
@@ -257,19 +265,50 @@ class Recall:
         return wilson(*self.counts)
 
 
+def _kept(recorded: Recorded, ranks: np.ndarray, keep: int) -> np.ndarray:
+    """bool [P], the best whole passages that fit the budget."""
+    order = np.argsort(-ranks, kind="stable")
+    kept = np.zeros(len(order), bool)
+    kept[order[recorded.required + np.cumsum(recorded.sizes[order]) <= keep]] = True
+    return kept
+
+
 def recall(recorded: Sequence[Recorded], ranking: Ranking, keep: int) -> Recall:
-    """Count the answers whose passages are all among the best whole passages that fit the budget."""
+    """Count the answers whose passages are all kept."""
     counts: dict[str, tuple[int, int]] = {}
     for one in recorded:
-        order = np.argsort(-ranking.ranks(one), kind="stable")
-        fits = one.required + np.cumsum(one.sizes[order]) <= keep
-        lost = np.ones(len(order), bool)
-        lost[order[fits]] = False
-        held = ~(one.answers & lost).any(axis=1)
+        held = (_kept(one, ranking.ranks(one), keep) | ~one.answers).all(axis=1)
         kept, asked = counts.get(one.kind, (0, 0))
         more = (int(held.any()), 1) if one.either else (int(held.sum()), len(held))
         counts[one.kind] = kept + more[0], asked + more[1]
     return Recall(ranking, keep, counts)
+
+
+def recall_fit(recorded: Sequence[Recorded], ranking: Ranking, sharpness: float, keep: int) -> tuple[float, ...]:
+    """What `GemFilter.recall_fit` is: fitted to what is kept with half of a budget, with all, and with twice of it.
+
+    Newton's method, with a penalty that keeps the weights near those of shares that are probabilities.
+    """
+    shares, kept, weights = [], [], []
+    for one, weight in zip(recorded, _weights(recorded), strict=True):
+        ranks = ranking.ranks(one)
+        likely = np.exp(sharpness * (ranks - ranks.max()))
+        for budget in (keep // 2, keep, keep * 2):
+            fits = _kept(one, ranks, budget)
+            held = (fits | ~one.answers).all(axis=1)
+            shares.append((1.0, log_odds(float(likely[fits].sum() / likely.sum())), np.log(len(ranks))))
+            kept.append(held.any() if one.either else held.mean())
+            weights.append(weight)
+    x, y, w = np.array(shares), np.array(kept, np.float64), np.array(weights, np.float64) * len(recorded)
+    start = np.array([0.0, 1.0, 0.0])
+    fit = start.copy()
+    for _ in range(_NEWTON_STEPS):
+        stated = 1 / (1 + np.exp(-x @ fit))
+        slope = x.T @ (w * (stated - y)) + _PENALTY * (fit - start)
+        curvature = (x * (w * stated * (1 - stated))[:, None]).T @ x + _PENALTY * np.eye(len(fit))
+        fit -= np.linalg.solve(curvature, slope)
+    fit[1] = max(fit[1], _LEAST_SLOPE)
+    return tuple(round(float(one), 3) for one in fit)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -316,8 +355,8 @@ class Plan:
       keep: the budget to choose the layer for; half of it is measured too.
       target: share of the best layer's recall that the chosen layer, the earliest such, must have.
       layers: number of first layers that are candidates.
-      tokens: length of the held-out texts, and the longest of training texts, which begin at half of it. The preset's
-        segments have an eighth more, for the question.
+      tokens: length of held-out texts, and the longest of training texts, which begin at half of it; but one in six
+        is four times as long and read in segments. The preset's segments have an eighth more, for the question.
       train, held_out: number of questions of each built-in kind to learn from and to measure on.
       distractors: facts in each text that look like the one in question.
       seed: random seed of the facts, their places and the texts.
@@ -382,7 +421,7 @@ def calibrate(
     for layer in range(plan.layers):
         judged.append(judge(train, held_out, layer, (plan.keep // 2, plan.keep), method.lexical))
         progress("learning", len(judged), plan.layers)
-    return judged, _preset(model, plan, method, judged, len(train))
+    return judged, _preset(model, plan, method, judged, len(train), held_out)
 
 
 def _examples(
@@ -390,7 +429,8 @@ def _examples(
 ) -> Iterator[tuple[str, Example]]:
     """Questions of a split and their kinds."""
     training = split == "train"
-    sizes = (plan.tokens // 2, plan.tokens * 3 // 4, plan.tokens) if training else (plan.tokens,)
+    short = (plan.tokens // 2, plan.tokens * 3 // 4, plan.tokens) if training else (plan.tokens,) * 3
+    sizes = (*short, *short[:2], plan.tokens * _LONG)
     count = plan.train if training else plan.held_out
     tokenizer = model.checkpoint.tokenizer
     for index, size in enumerate(sizes[:count]):
@@ -417,26 +457,35 @@ def _examples(
                 yield real.name, example
 
 
-def _preset(model: Pipeline, plan: Plan, method: GemFilter, judged: Sequence[LayerRecall], learned_on: int) -> Preset:
+def _preset(
+    model: Pipeline,
+    plan: Plan,
+    method: GemFilter,
+    judged: Sequence[LayerRecall],
+    learned_on: int,
+    held_out: Sequence[Recorded],
+) -> Preset:
     most = max(one.learned[-1].balanced for one in judged)
     best = next(one for one in judged if one.learned[-1].balanced >= plan.target * most)
     kept, asked = best.learned[-1].counts
     low, high = best.learned[-1].interval
     kinds = ", ".join(f"{name} {kept} of {asked}" for name, (kept, asked) in best.learned[-1].kept.items())
+    ranking = best.learned[-1].ranking
     source = (
         f"gemfilter calibrate: heads up to layer {best.layer} kept {kept} of {asked} held-out answers "
         f"({kept / asked:.0%}, 95 % interval {low:.0%} to {high:.0%}; {kinds}) with {plan.keep} tokens of texts of "
-        f"{plan.tokens}, the earliest layer with {plan.target:.0%} of the best one's recall; heads learned on "
-        f"{learned_on} other questions"
+        f"{plan.tokens} to {plan.tokens * _LONG}, the earliest layer with {plan.target:.0%} of the best one's recall; "
+        f"heads learned on {learned_on} other questions"
     )
     return Preset(
         name=model.preset.name if model.preset.name != "none" else model.checkpoint.name,
         default=dataclasses.replace(
             method,
             filter_layer=best.layer,
-            heads=tuple(map(str, best.learned[-1].ranking.heads)),
+            heads=tuple(map(str, ranking.heads)),
             sharpness=best.sharpness,
-            share=AUTO_SHARE,
+            recall_fit=recall_fit(held_out, ranking, best.sharpness, plan.keep),
+            recall=AUTO_RECALL,
         ),
         paper_layer=model.preset.paper_layer,
         source=source,

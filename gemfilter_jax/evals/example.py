@@ -60,6 +60,7 @@ class Outcome:
       answer: the model's text.
       scores: the task's scores of the answer and, where the method keeps text, of what it kept.
       prompt_tokens: tokens of the whole prompt.
+      recall_estimate: see `pipeline.KeptText`.
       timings: seconds per stage; see `pipeline.Result`.
       error: why there is no answer; None if there is one.
     """
@@ -68,4 +69,5 @@ class Outcome:
     scores: Mapping[str, float] = dataclasses.field(default_factory=dict)
     prompt_tokens: int | None = None
     timings: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    recall_estimate: float | None = None
     error: str | None = None

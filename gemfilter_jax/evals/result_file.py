@@ -60,6 +60,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "expected": list,
     "scores": dict,
     "seconds": dict,
+    "recall_estimate": (int, float, NoneType),
 }
 
 
@@ -75,6 +76,7 @@ class Line:
       expected: the references.
       scores: empty if there is an error.
       seconds: by stage.
+      recall_estimate: see `pipeline.KeptText`; files written before there was one have none.
     """
 
     length: int | None
@@ -93,6 +95,7 @@ class Line:
     prompt_tokens: int | None
     seconds: Mapping[str, float]
     error: str | None = None
+    recall_estimate: float | None = None
 
     @classmethod
     def of(cls, trial: "Trial", outcome: "Outcome") -> "Line":
@@ -115,6 +118,7 @@ class Line:
             prompt_tokens=outcome.prompt_tokens,
             seconds={stage: round(seconds, 3) for stage, seconds in outcome.timings.items()},
             error=outcome.error,
+            recall_estimate=None if outcome.recall_estimate is None else round(outcome.recall_estimate, 4),
         )
 
     @property
@@ -396,12 +400,13 @@ def _object(text: bytes, where: str) -> dict[str, Any]:
 
 def _line(text: bytes, where: str) -> Line:
     fields = _object(text, where)
+    fields.setdefault("recall_estimate", None)
     if not _fits(fields, _TYPES):
         raise UserError(f"{where} is no result: expected the fields {', '.join(sorted(_TYPES))}")
     if not all(_is_number(fields[name] or 0, _MOST_TOKENS) for name in ("tokens", "prompt_tokens")):
         raise UserError(f"{where} is no result: expected numbers of tokens")
-    if not all(_is_number(value, 1) for value in fields["scores"].values()):
-        raise UserError(f"{where} is no result: expected scores from 0 to 1")
+    if not all(_is_number(value, 1) for value in (*fields["scores"].values(), fields["recall_estimate"] or 0)):
+        raise UserError(f"{where} is no result: expected scores and a recall estimate from 0 to 1")
     if not all(_is_number(value, _LONGEST) for value in fields["seconds"].values()):
         raise UserError(f"{where} is no result: expected seconds of at least 0")
     if fields["scores"] and fields["error"] is not None:

@@ -138,10 +138,16 @@ def _outcome(model: "Pipeline", task: "Task", trial: Trial, document: "Document 
     if not answer:
         select = functools.partial(model.select, example.text) if document is None else document.select
         kept, timings = select(example.question, method=method)
-        return Outcome(scores=task.score_kept(example, kept), prompt_tokens=kept.prompt_tokens, timings=timings)
+        return Outcome(
+            scores=task.score_kept(example, kept),
+            prompt_tokens=kept.prompt_tokens,
+            timings=timings,
+            recall_estimate=kept.recall_estimate,
+        )
     ask = functools.partial(model.generate, example.text) if document is None else document.ask
     result = ask(example.question, method=method, max_new_tokens=task.new_tokens(example))
     scores = dict(task.score(example, result.text))
     if method.eviction is None:
         scores |= task.score_kept(example, result.selection)
-    return Outcome(result.text, scores, result.selection.prompt_tokens, result.timings)
+    kept = result.selection
+    return Outcome(result.text, scores, kept.prompt_tokens, result.timings, kept.recall_estimate)

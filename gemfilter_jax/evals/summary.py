@@ -10,6 +10,9 @@ if TYPE_CHECKING:
 _BLOCKS, _BLOCK = 9, 1_111  # resamples drawn together, which bounds memory
 _RESAMPLES = _BLOCKS * _BLOCK
 _FEWEST = 5  # values of which a bootstrap interval says something
+KEPT = "kept"
+"""The score that tells which answers are in what was kept."""
+
 _COMPILE, _READ = "compile", "read"  # stages; see `pipeline.Result`
 _SEED = 0  # of the resamples, so that equal results give equal intervals
 
@@ -69,6 +72,33 @@ def _bootstrap(values: Sequence[float]) -> tuple[float, float]:
     means = np.concatenate([rng.choice(held, (_BLOCK, len(held))).mean(axis=1) for _ in range(_BLOCKS)])
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tenth:
+    """Estimates of recall in a tenth of their range, and what was kept.
+
+    Attributes:
+      stated: the mean estimate. measured: the mean share of answers that were kept.
+    """
+
+    stated: float
+    measured: Mean
+
+
+def reliability(lines: "Iterable[Line]") -> list[Tenth]:
+    """The estimates of recall beside the measured recall, in tenths of the range; empty tenths are left out."""
+    tenths: dict[int, list[tuple[float, float]]] = {}
+    for line in lines:
+        if line.recall_estimate is not None and KEPT in line.scores:
+            tenth = min(int(line.recall_estimate * 10), 9)
+            tenths.setdefault(tenth, []).append((line.recall_estimate, line.scores[KEPT]))
+    made = []
+    for _, pairs in sorted(tenths.items()):
+        stated, kept = zip(*pairs, strict=True)
+        binary = all(value in (0, 1) for value in kept)
+        made.append(Tenth(sum(stated) / len(stated), mean(kept, binary=binary)))
+    return made
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,6 +39,26 @@ Pooling = Literal["none", "mean", "max"]
 
 
 @dataclasses.dataclass(frozen=True)
+class Kept:
+    """What a method keeps of a prompt.
+
+    Attributes:
+      indices: int, the kept tokens in the order in which the model reads them.
+      recall: estimated probability that they hold the answer, if the document does; None if there is no estimate.
+    """
+
+    indices: "np.ndarray"
+    recall: float | None = None
+
+    @classmethod
+    def everything(cls, prompt: "Prompt") -> Self:
+        """All of a prompt, in which the answer is, if it is anywhere."""
+        import numpy as np
+
+        return cls(np.arange(len(prompt)), 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
 class Method(abc.ABC):
     """What to keep of a prompt. Its options are the fields made by `settings.option`.
 
@@ -139,8 +159,8 @@ class Method(abc.ABC):
         *,
         watch: "Stopwatch",
         progress: Progress | None = None,
-    ) -> "list[np.ndarray]":
-        """The tokens of each prompt that the model answers from, int indices in the order in which it reads them.
+    ) -> list[Kept]:
+        """The tokens of each prompt that the model answers from.
 
         An override begins with `check`, keeps every token of `Prompt.required` and, for that, calls `check_required`.
 
@@ -150,11 +170,9 @@ class Method(abc.ABC):
         Raises:
           UserError: the method does not fit the model or a prompt.
         """
-        import numpy as np
-
         del watch, progress
         self.check(model)
-        return [np.arange(len(prompt)) for prompt in prompts]
+        return [Kept.everything(prompt) for prompt in prompts]
 
     def reader(self, model: "Decoder", cache: pathlib.Path | None) -> "Reader":
         """Reads prompts that share a document. Unless overridden, each prompt is read from its start.
@@ -182,7 +200,7 @@ class Reader(abc.ABC):
         method: Method | None = None,
         watch: "Stopwatch",
         progress: Progress | None = None,
-    ) -> "np.ndarray":
+    ) -> Kept:
         """What `Method.select` gives for the prompt.
 
         Args:
@@ -202,6 +220,6 @@ class _ReadAnew(Reader):
         method: Method | None = None,
         watch: "Stopwatch",
         progress: Progress | None = None,
-    ) -> "np.ndarray":
+    ) -> Kept:
         """Without a memory."""
         return (method or self.method).select(self.model, [prompt], watch=watch, progress=progress)[0]

@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self
 
-from gemfilter_jax.methods.base import Method, Order, Progress
+from gemfilter_jax.methods.base import Kept, Method, Order, Progress
 from gemfilter_jax.methods.gemfilter.method import GemFilter
 from gemfilter_jax.settings import option_of
 
@@ -45,16 +45,16 @@ class ModelFree(Method):
         *,
         watch: "Stopwatch",
         progress: Progress | None = None,
-    ) -> "list[np.ndarray]":
+    ) -> list[Kept]:
         """See `Method.select`."""
-        import numpy as np
-
         del progress
         self.check(model)
         for prompt in prompts:
             self.check_required(prompt, self.keep)
         with watch.stage("filter"):
-            return [self.kept(prompt) if len(prompt) > self.keep else np.arange(len(prompt)) for prompt in prompts]
+            return [
+                Kept(self.kept(prompt)) if len(prompt) > self.keep else Kept.everything(prompt) for prompt in prompts
+            ]
 
     def work(self, config: "ModelConfig") -> str:
         """No layer."""

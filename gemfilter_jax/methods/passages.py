@@ -40,7 +40,7 @@ def chunks(prompt: Prompt, rule: PassageRule) -> np.ndarray:
     """int [S], chunk index of each token; new chunks begin at the document's first token and after its last one."""
     rows = np.arange(len(prompt))
     within = (rows >= prompt.prefix_length).astype(int) + (rows >= len(prompt) - prompt.suffix_length)
-    parts = np.stack([within, prompt.sentences if rule.sentences else within])
+    parts = np.stack([within, prompt.passages if rule.sentences else within])
     begins = np.flatnonzero(np.diff(parts, axis=1, prepend=-1).any(axis=0))
     sizes = np.diff(begins, append=len(prompt))
     counts = -(-sizes // rule.chunk)  # chunks that each part is cut into
@@ -104,11 +104,13 @@ def kept(
     *,
     keep: int | None = None,
     masses: list[np.ndarray] | None = None,
+    shares: list[float] | None = None,
 ) -> list[np.ndarray]:
     """The kept tokens among each prompt's candidates; `scores` has a score for each candidate.
 
     Args:
-      masses: what the rule's share is of, for each candidate; None for the scores.
+      masses: what shares are of, for each candidate; None for the scores.
+      shares: one for each prompt; None for the rule's share.
       keep: number of tokens to keep for a further round, in prompt order; None for the rule's budget and order.
     """
     width = bucket(max(map(len, candidates)))
@@ -121,12 +123,14 @@ def kept(
         always[row, : len(rows)] = prompt.required[rows] & (rule.keep_required or keep is not None)
         numbers[row, : len(rows)] = chunks(prompt, rule)[rows]
         numbers[row, len(rows) :] = len(prompt)
+    if shares is None and rule.share is not None:
+        shares = [rule.share] * len(prompts)
     selected = _select(
         padded,
         np.array([len(rows) for rows in candidates], np.int32),
         keep=jnp.int32(keep or rule.keep),
         capacity=min(bucket(keep or rule.keep), width),
-        share=None if keep or rule.share is None else jnp.float32(rule.share),
+        share=None if keep or shares is None else np.asarray(shares, np.float32)[:, None],
         least=jnp.int32(rule.least),
         masses=weighed,
         required=always,

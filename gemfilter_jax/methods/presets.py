@@ -10,10 +10,7 @@ from typing import Any, Literal
 
 from gemfilter_jax.config import ModelConfig, refuse_unknown, take
 from gemfilter_jax.errors import UserError
-from gemfilter_jax.methods.gemfilter.method import AUTO, GemFilter, Head
-
-AUTO_SHARE = 0.9  # nine of ten answers are in what is kept, as the scores have it
-_SHARE_OF_ATTENTION = 0.3  # where passages are not ranked as wholes
+from gemfilter_jax.methods.gemfilter.method import AUTO, AUTO_RECALL, SHARE_OF_ATTENTION, GemFilter, Head
 
 _IDENTITY = ("layers", "width", "heads", "kv_heads", "vocab")  # fine-tunes of a model share its preset
 
@@ -58,12 +55,17 @@ class Preset:
             if keep == AUTO:
                 raise UserError("the paper's rule keeps a number of tokens; give it in place of keep=auto")
             return GemFilter.paper(layer, budget)
-        share = self.default.share if keep is None else None
-        if keep == AUTO:
-            share = self.default.share or (AUTO_SHARE if self.default.ranks_passages else _SHARE_OF_ATTENTION)
-        known = [] if rule == "uncalibrated" else [one for one in self.default.chosen_heads if one.layer <= layer]
+        own = self.default
+        share, recall = (own.share, own.recall) if keep is None else (None, None)
+        if keep == AUTO and own.ranks_passages:
+            recall = own.recall or AUTO_RECALL
+        elif keep == AUTO:
+            share = own.share or SHARE_OF_ATTENTION
+        known = [] if rule == "uncalibrated" else [one for one in own.chosen_heads if one.layer <= layer]
         heads = tuple(map(str, known)) or None
-        method = dataclasses.replace(self.default, filter_layer=layer, keep=budget, share=share, heads=heads)
+        method = dataclasses.replace(own, filter_layer=layer, keep=budget, share=share, recall=recall, heads=heads)
+        if heads != own.heads:
+            method = dataclasses.replace(method, sharpness=GemFilter.sharpness, recall_fit=None)
         return dataclasses.replace(method, head_weights=None) if rule == "uncalibrated" else method
 
 

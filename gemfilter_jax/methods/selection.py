@@ -132,8 +132,8 @@ def select(
       required: bool [B, S]. pooling, pool_size: see `pool`.
       chunks: int [B, S], see `chunk_scores`; whole chunks are ranked, and only the last kept chunk may be cut. None to
         rank single tokens.
-      share: keep only the tokens that hold this share of the score (see `holding`), rounded up to a bucket and at most
-        `keep`; None for `keep` tokens.
+      share: keep only the tokens that hold this share of the score (see `holding`), one number or [B, 1], rounded up to
+        a bucket and at most `keep`; None for `keep` tokens.
       least: minimum number of tokens to keep under `share`.
       masses: float32 [B, S], none negative, what `share` is of; None for the scores.
     """

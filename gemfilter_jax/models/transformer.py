@@ -8,9 +8,7 @@ Layer weights carry a leading L axis. Only `Decoder.forward` loops over the laye
 Callers pass it a hook that keeps, scores or records data at each layer.
 """
 
-import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,7 +29,7 @@ from gemfilter_jax.precision import precision_of
 _ALL = 2**30  # the window of a layer without a sliding window: wider than any prompt
 
 
-def _keep(visit: Visit, cache: KVCache) -> KVCache:
+def keep_all(visit: Visit, cache: KVCache) -> KVCache:
     """The hook that writes all keys and values to the cache."""
     return cache.write(visit.layer, visit.k, visit.v)
 
@@ -179,183 +177,7 @@ class Decoder(nnx.Module):
 
         return attend
 
-    def hidden_states(
-        self,
-        ids: jax.Array,
-        lengths: jax.Array,
-        layers: jax.typing.ArrayLike,
-        pattern: TriShape | None = None,
-    ) -> jax.Array:
-        """The residual stream [B, S, D] that enters layer `layers`, for ids [B, S]. No cache is kept.
-
-        Args:
-          pattern: the attention pattern, None for dense.
-        """
-        table = self._table(ids, lengths, pattern)
-        attend = self.among_themselves(lengths, pattern)
-        return self.forward(self._embedded(ids), table, lengths, layers=layers, attend=attend)[0]
-
-    def keys_and_last_queries(
-        self,
-        x: jax.Array,
-        lengths: jax.Array,
-        layer: jax.typing.ArrayLike,
-        observation_window: int,
-        pattern: TriShape | None = None,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """What the filter looks at in a layer: its keys of all positions, and its queries of the last real ones.
-
-        Args:
-          x: [B, S, D], the input of the layer. lengths: [B]. layer: 0-based index, may be traced.
-          observation_window: W. pattern: the attention pattern of the layers before, None for dense.
-
-        Returns:
-          q [B, W, H, E] and k [B, S, G, E], both after rotary, and rows [B, W], the positions of q; a row before the
-          start of a prompt shorter than W has a negative position and a meaningless q.
-        """
-        with jax.named_scope("filter_layer"):
-            own = self.layer(layer)
-            k = own.keys(own.attention_norm(x), self._table(x, lengths, pattern))
-            rows = lengths[:, None] - observation_window + jnp.arange(observation_window)
-            x_rows = shards.sequence_shards(mirrored=pattern is None).rows(x, rows)
-            q = own.queries(own.attention_norm(x_rows), rotary_table(self.config, rows, lengths))
-        return q, k, rows
-
-    def looked_at(
-        self,
-        ids: jax.Array,
-        lengths: jax.Array,
-        layers: jax.Array,
-        last: jax.typing.ArrayLike,
-        observation_window: int,
-        look: Callable[[jax.typing.ArrayLike, jax.Array, jax.Array, jax.Array], jax.Array],
-        pattern: TriShape | None = None,
-    ) -> jax.Array:
-        """The sum of look(layer, q, k, rows) over some layers, on what `keys_and_last_queries` gives there.
-
-        Layers 0..last-1 run in full.
-
-        Args:
-          ids: [B, S]. lengths: [B]. observation_window: W. pattern: of attention, None for dense.
-          layers: int [N], the layers to look at, which may be traced; where there is one, it is `last`.
-          last: the layer to stop at, which may be traced; no later layer runs.
-        """
-
-        def at(layer: jax.typing.ArrayLike, x: jax.Array) -> jax.Array:
-            return look(layer, *self.keys_and_last_queries(x, lengths, layer, observation_window, pattern))
-
-        attend = self.among_themselves(lengths, pattern)
-        return self._summed_over(layers, last, at, ids, self._table(ids, lengths, pattern), lengths, attend)
-
-    def _summed_over(
-        self,
-        layers: jax.Array,
-        last: jax.typing.ArrayLike,
-        at: Callable[[jax.typing.ArrayLike, jax.Array], jax.Array],
-        ids: jax.Array,
-        table: Table,
-        lengths: jax.Array,
-        attend: Attend,
-    ) -> jax.Array:
-        """The sum of at(layer, x) over layers with inputs x, in one `forward` up to layer `last`; see `looked_at`."""
-
-        def add_if_looked_at(visit: Visit, total: jax.Array) -> jax.Array:
-            here = (layers == visit.layer).any()
-            return jax.lax.cond(here, lambda: total + at(visit.layer, visit.x), lambda: total)
-
-        x = self._embedded(ids)
-        one = jax.eval_shape(at, 0, x)
-        hook = None if len(layers) == 1 else add_if_looked_at
-        nothing = jnp.zeros(one.shape, one.dtype)
-        x, total = self.forward(x, table, lengths, layers=last, attend=attend, hook=hook, state=nothing)
-        return total + at(last, x)
-
-    def at_each_layer(
-        self,
-        ids: jax.Array,
-        lengths: jax.Array,
-        layers: int,
-        observation_window: int,
-        look: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
-        pattern: TriShape | None = None,
-    ) -> jax.Array:
-        """look(q, k, rows) on what `keys_and_last_queries` gives at each of the first `layers` layers, stacked."""
-        x = self._embedded(ids)
-
-        def view(index: jax.typing.ArrayLike, x: jax.Array) -> jax.Array:
-            return look(*self.keys_and_last_queries(x, lengths, index, observation_window, pattern))
-
-        def record(visit: Visit, recorded: jax.Array) -> jax.Array:
-            return recorded.at[visit.layer].set(view(visit.layer, visit.x))
-
-        one = jax.eval_shape(view, 0, x)
-        return self.forward(
-            x,
-            self._table(ids, lengths, pattern),
-            lengths,
-            layers=layers,
-            attend=self.among_themselves(lengths, pattern),
-            hook=record,
-            state=jnp.zeros((layers, *one.shape), one.dtype),
-        )[1]
-
-    def read(
-        self, ids: jax.Array, lengths: jax.Array, extents: jax.Array, layer: int, pattern: TriShape | None = None
-    ) -> KVCache:
-        """Prefill prompt prefixes for the filter at `layer`: a cache of keys up to that layer and values before it.
-
-        Args:
-          ids: [B, S], the prefixes. lengths: [B], of the prefixes. extents: [B], lengths of the whole prompts.
-          pattern: the attention pattern, None for dense.
-        """
-        table = self._table(ids, extents, pattern)
-        batch, length = ids.shape
-        cache = KVCache.empty(self.config, batch, length, self.dtype, layers=layer, key_layers=layer + 1)
-        attend = self.among_themselves(lengths, pattern)
-        x, cache = self.forward(
-            self._embedded(ids), table, lengths, layers=layer, attend=attend, hook=_keep, state=cache
-        )
-        last = self.layer(layer)
-        keys = cache.keys.at[layer].set(last.keys(last.attention_norm(x), table))
-        positions = jnp.broadcast_to(jnp.arange(length), ids.shape)
-        return dataclasses.replace(cache, keys=keys).holding(positions, lengths)
-
-    def looked_at_after(
-        self,
-        read: KVCache,
-        ids: jax.Array,
-        lengths: jax.Array,
-        layers: jax.Array,
-        observation_window: int,
-        look: Callable[[jax.typing.ArrayLike, jax.Array, jax.Array, jax.Array], jax.Array],
-    ) -> jax.Array:
-        """As `looked_at`, for prompts whose prefixes are cached by `read`, up to the layer that the cache ends at.
-
-        Args:
-          read: the cache of B prefixes. ids: [B, T], the tokens after the prefixes. lengths: [B], how many are real.
-          look: is given q [B, W, H, E], k [B, S + T, G, E] and rows [B, W], -1 for rows before `ids`; each row of k
-            begins with the keys of its prefix, then those of its `ids`.
-        """
-        observed = lengths[:, None] - observation_window + jnp.arange(observation_window)
-        rows = jnp.where(observed < 0, -1, read.lengths[:, None] + observed)
-        positions = read.next_positions(ids.shape[1])
-        table = rotary_table(self.config, positions, read.lengths + lengths)
-
-        def attend(visit: Visit, _: Any) -> jax.Array:
-            keys, values = read.keys[visit.layer], read.values[visit.layer]
-            k, v = read.followed_by(keys, visit.k), read.followed_by(values, visit.v)
-            return attention.rows(visit.q, positions, k, v, window=visit.sliding_window)
-
-        def at(index: jax.typing.ArrayLike, x: jax.Array) -> jax.Array:
-            layer = self.layer(index)
-            normed = layer.attention_norm(x)
-            k = read.followed_by(read.keys[index], layer.keys(normed, table))
-            q = jnp.take_along_axis(layer.queries(normed, table), jnp.maximum(observed, 0)[..., None, None], axis=1)
-            return look(index, q, k, rows)
-
-        return self._summed_over(layers, len(read.values), at, ids, table, lengths, attend)
-
-    def _embedded(self, ids: jax.Array) -> jax.Array:
+    def embed(self, ids: jax.Array) -> jax.Array:
         """[...] -> [..., D]."""
         table = self.embedding[...]
         if len(table) == self.config.vocab:
@@ -364,7 +186,7 @@ class Decoder(nnx.Module):
         here = (own >= 0) & (own < len(table))
         return collectives.psum(jnp.where(here[..., None], table[jnp.where(here, own, 0)], 0), "model")
 
-    def _table(self, tokens: jax.Array, lengths: jax.Array, pattern: TriShape | None) -> Table:
+    def prompt_table(self, tokens: jax.Array, lengths: jax.Array, pattern: TriShape | None) -> Table:
         """The rotary table for this device's shard of ids or x [B, S, ...] of prompts that begin at position 0."""
         positions = shards.sequence_shards(mirrored=pattern is None).positions(tokens.shape[1])
         return rotary_table(self.config, positions[None], lengths)
@@ -391,9 +213,9 @@ class Decoder(nnx.Module):
           float32 logits [B, V] of each row's last real position, and the filled cache.
         """
         extents = jnp.take_along_axis(positions, (lengths - 1)[:, None], axis=1)[:, 0] + 1
-        x = self._embedded(ids)
+        x = self.embed(ids)
         if eviction is None:
-            x, cache = self._prefill_layers(x, positions, extents, lengths, hook=_keep, state=cache, gaps=gaps)
+            x, cache = self._prefill_layers(x, positions, extents, lengths, hook=keep_all, state=cache, gaps=gaps)
             cache = cache.holding(positions, lengths)
         else:
             held = jnp.minimum(lengths, eviction.slots(ids.shape[1]))
@@ -491,7 +313,7 @@ class Decoder(nnx.Module):
             return attention.to_cache(visit.q, positions, k, v, key_positions=held, window=visit.sliding_window)
 
         x, cache = self.forward(
-            self._embedded(ids[:, None]),
+            self.embed(ids[:, None]),
             table,
             lengths,
             layers=self.config.layers,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from gemfilter_jax.evals.bench import Row
     from gemfilter_jax.evals.calibration import LayerRecall
     from gemfilter_jax.evals.result_file import ResultFile
+    from gemfilter_jax.evals.summary import Tenth
 
 _Arguments = ParamSpec("_Arguments")
 
@@ -62,6 +63,28 @@ def recall(judged: "Sequence[LayerRecall]", path: str) -> None:
         axes.plot(layers, [kept / asked for kept, asked in counts], style, label=f"{label}, keep {last}")
     axes.set(xlabel="filter layer", ylabel="share of answers kept", xticks=layers, ylim=(0, 1.03))
     axes.legend(loc="upper left")
+    _write(figure, path)
+
+
+@_texts_as_they_are
+def reliability(results: "ResultFile", tenths: "Sequence[Tenth]", path: str) -> None:
+    """Plot what was kept by the estimate of recall, with 95 % intervals, beside the line of honest estimates."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot((0, 1), (0, 1), "--", color="grey", label="as stated")
+    values = [one.measured.value for one in tenths]
+    bounds = [one.measured.interval or (one.measured.value,) * 2 for one in tenths]
+    errors = np.abs(np.transpose(bounds) - values)
+    axes.errorbar([one.stated for one in tenths], values, errors, marker="o", capsize=2, label="measured")
+    for one in tenths:
+        at = (one.stated, one.measured.value)
+        axes.annotate(str(one.measured.count), at, xytext=(6, -10), textcoords="offset points", fontsize=8)
+    axes.set(xlabel="estimated recall", ylabel="share of answers kept", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper left")
+    figure.suptitle(f"{_title(results)}\n(numbers of examples, 95 % intervals)", fontsize=11)
     _write(figure, path)
 
 

@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from gemfilter_jax.evals.result_file import Line, ResultFile
-    from gemfilter_jax.evals.summary import Comparison, Summary
+    from gemfilter_jax.evals.summary import Comparison, Summary, Tenth
 
 _AVERAGE = "average of the parts"
+_RELIABILITY = "Estimated recall and what was kept"
 
 Compared = dict[tuple[str, int | str, int | None], "Comparison"]
 """Comparisons with a baseline by method, budget and length."""
@@ -152,6 +153,16 @@ def rich_comparison(compared: Compared, baseline: str, score: str) -> "Table":
     return terminal.table(compared_title(score, baseline), *_compared_columns(compared))
 
 
+def _reliability_columns(tenths: "Sequence[Tenth]") -> tuple[list[str], list[list[str]]]:
+    rows = [[f"{one.stated:.2f}", f"{one.measured}", str(one.measured.count)] for one in tenths]
+    return ["stated recall", "kept (95 %)", "examples"], rows
+
+
+def rich_reliability(tenths: "Sequence[Tenth]") -> "Table":
+    """The estimates of recall and what was kept, for a terminal."""
+    return terminal.table(_RELIABILITY, *_reliability_columns(tenths))
+
+
 def compared_title(score: str, baseline: str) -> str:
     """Which scores a table of comparisons is about."""
     return f"{_spelled(score)}, compared with {baseline}"
@@ -164,6 +175,8 @@ def markdown(
     made = [_in_markdown(title(results)), _markdown(*_columns(results, by_group=by_group))]
     if compared:
         made += [_in_markdown(caption), _markdown(*_compared_columns(compared))]
+    if tenths := summary.reliability(results.lines):
+        made += [_RELIABILITY, _markdown(*_reliability_columns(tenths))]
     if told := remarks(results):
         made.append("\n".join(f"- {_in_markdown(one)}" for one in told))
     return "\n\n".join(made)
@@ -186,6 +199,8 @@ def as_json(results: "ResultFile", compared: Compared | None = None, *, by_group
         "remarks": remarks(results),
         "rows": [dataclasses.asdict(one) for one in summary.summarise(results.lines, by_group=by_group)],
     }
+    if tenths := summary.reliability(results.lines):
+        made["reliability"] = [dataclasses.asdict(one) for one in tenths]
     if compared is not None:
         made["compared"] = [
             {"method": method, "keep": keep, "length": length, **dataclasses.asdict(one)}

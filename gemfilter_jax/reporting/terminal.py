@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # so that a command reports mistakes before it imports JAX
 
 SECONDS_BETWEEN = 30  # of the lines that tell of progress where there is no terminal
 
+_UNSURE = 0.5  # an estimate of recall below it is warned of
 _WIDEST = 1_000  # characters of a line in a file
 _CONTEXT = 60  # characters shown, dimmed, on both sides of a kept passage
 
@@ -55,10 +56,16 @@ def _one_line(text: str) -> str:
 
 
 def closing_lines(kept: "KeptText", layers: str, timings: Mapping[str, float]) -> str:
-    """Tokens read and kept, layers run, seconds per stage: two lines."""
+    """Tokens read and kept, layers run, estimated recall, seconds per stage: two lines, and a warning if need be."""
     share = kept.kept_tokens / kept.prompt_tokens
-    seconds = ", ".join(f"{stage} {value:.2f} s" for stage, value in timings.items())
-    return f"read {kept.prompt_tokens:,} tokens, kept {kept.kept_tokens:,} (ratio {share:.4f}), {layers}\n{seconds}"
+    lines = [f"read {kept.prompt_tokens:,} tokens, kept {kept.kept_tokens:,} (ratio {share:.4f}), {layers}"]
+    recall = kept.recall_estimate
+    if recall is not None and kept.kept_tokens < kept.prompt_tokens:
+        lines[0] += f", recall about {recall:.2f}"
+    lines.append(", ".join(f"{stage} {value:.2f} s" for stage, value in timings.items()))
+    if recall is not None and recall < _UNSURE:
+        lines.append("warning: the answer is probably not in what was kept; keep more, see --keep")
+    return "\n".join(lines)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

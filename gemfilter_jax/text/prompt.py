@@ -13,7 +13,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from gemfilter_jax.errors import UserError, reason
-from gemfilter_jax.text import control_tokens
+from gemfilter_jax.text import chunking, control_tokens
 
 _SENTINEL = "\u2063content\u2063"  # placeholder for the message in a template; occurs in no template
 MESSAGE_FORMAT = "<text>\n{text}\n</text>\n\nAnswer from the text above: {question}"
@@ -21,8 +21,6 @@ MESSAGE_FORMAT = "<text>\n{text}\n</text>\n\nAnswer from the text above: {questi
 or the first number whose closing tag the document does not contain."""
 
 _FRAME = re.compile(r"(?<=<)text(?=>)|(?<=</)text(?=>)")
-
-_SENTENCE_END = re.compile(r"""[.!?]["'”’)\]]*(?=\s)|[。！？]|\n(?=\s*\n)""")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +55,9 @@ class Prompt:
         return (positions < self.prefix_length) | (positions >= len(self) - self.suffix_length)
 
     @functools.cached_property
-    def sentences(self) -> np.ndarray:
-        """int [S], index of the sentence in which each token begins; blank lines end sentences too."""
-        ends = [match.end() for match in _SENTENCE_END.finditer(self.text)]
-        return np.searchsorted(ends, self.offsets[:, 0], side="right")
+    def passages(self) -> np.ndarray:
+        """int [S], index of the passage of the document in which each token begins, see `chunking.passage_ends`."""
+        return np.searchsorted(chunking.passage_ends(self.text), self.offsets[:, 0], side="right")
 
     def spans(self, indices: np.ndarray) -> list[tuple[int, int]]:
         """Character ranges of `text` that the tokens at increasing `indices` cover; adjacent ranges are merged."""

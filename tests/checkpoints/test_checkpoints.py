@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
 from model_files import FLOAT32, GOLDEN, Folder
+from model_outputs import hidden_states
 
 from gemfilter_jax.checkpoints import load_checkpoint
 from gemfilter_jax.checkpoints.gguf_file import GGUFFile
@@ -156,7 +157,7 @@ def test_gguf_computes_what_pytorch_computes(tmp_path, variant):
     model = GGUFFile(gguf_files.write(tmp_path / "model.gguf", Folder.read(GOLDEN / variant))).decoder(FLOAT32)
     with np.load(GOLDEN / variant / "expected.npz") as expected:
         ids, rows, logits = expected["ids"], expected["rows"], expected["logits"]
-    x = jax.jit(Decoder.hidden_states)(model, ids[None], np.array([len(ids)]), model.config.layers)
+    x = jax.jit(hidden_states)(model, ids[None], np.array([len(ids)]), model.config.layers)
     bound = bounds.of_decoder(model.config, len(ids), np.abs(logits).max())
     np.testing.assert_allclose(model.logits(x[0, rows]), logits, rtol=0, atol=bound)
 

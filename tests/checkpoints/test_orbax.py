@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from model_files import FLOAT32, GOLDEN, tokenizer
+from model_outputs import hidden_states
 
 from gemfilter_jax.checkpoints import load_checkpoint, orbax_folder
 from gemfilter_jax.checkpoints.hf_folder import HuggingFaceFolder
@@ -55,7 +57,7 @@ def test_what_was_saved_comes_back(saved, original):
     assert loaded.tokenizer.chat_template == tokenizer().chat_template
     with np.load(GOLDEN / VARIANT / "expected.npz") as expected:
         ids, rows, logits = expected["ids"], expected["rows"], expected["logits"]
-    x = jax.jit(Decoder.hidden_states)(loaded.model, ids[None], np.array([len(ids)]), original.config.layers)
+    x = jax.jit(hidden_states)(loaded.model, ids[None], np.array([len(ids)]), original.config.layers)
     bound = bounds.of_decoder(original.config, len(ids), np.abs(logits).max())
     np.testing.assert_allclose(loaded.model.logits(x[0, rows]), logits, rtol=0, atol=bound)
 
@@ -81,6 +83,7 @@ _ON_EIGHT = """
 import sys
 import jax
 import numpy as np
+from model_outputs import hidden_states
 from gemfilter_jax.parallel import collectives, sharding
 from gemfilter_jax.checkpoints import load_checkpoint
 
@@ -95,7 +98,7 @@ for parts in (1, 2, 4):
     assert {shard.data.shape[-1] for shard in shards} == {model.config.mlp_width // parts}, shards
 
     def logits(model, ids):
-        return model.logits(model.hidden_states(ids, np.array([ids.shape[1]]), model.config.layers)[0])
+        return model.logits(hidden_states(model, ids, np.array([ids.shape[1]]), model.config.layers)[0])
 
     run = collectives.shard_map(mesh, logits, (sharding.specs(model, mesh), None), sharding.spec())
     out[str(parts)] = jax.jit(run)(model, ids[None])
@@ -109,13 +112,17 @@ def test_split_over_devices(saved, original, tmp_path, source):
     if source == "safetensors":
         folder = shutil.copytree(GOLDEN / VARIANT, tmp_path / "folder")
         tokenizer().save_pretrained(folder)
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(pathlib.Path(__file__).parents[1]),
+    }
     expected = GOLDEN / VARIANT / "expected.npz"
     subprocess.run(
         [sys.executable, "-c", _ON_EIGHT, folder, expected, tmp_path / "out.npz"], check=True, env=environment
     )
     ids = np.load(expected)["ids"]
-    x = jax.jit(Decoder.hidden_states)(original, ids[None], np.array([len(ids)]), original.config.layers)
+    x = jax.jit(hidden_states)(original, ids[None], np.array([len(ids)]), original.config.layers)
     want = jax.jit(Decoder.logits)(original, x[0])
     bound = bounds.of_decoder(original.config, len(ids), np.abs(want).max())
     with np.load(tmp_path / "out.npz") as out:

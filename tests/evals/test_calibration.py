@@ -33,7 +33,7 @@ def _recorded(
             scores[place][holds[0]] = strength
         shared = np.where(holds[0], np.float32(words), np.float32(0))
         sizes = np.full(count, 10)
-        made.append(Recorded(kind, scores, scores.sum(axis=1), shared, sizes, holds, either=False, required=20))
+        made.append(Recorded(kind, scores, shared, sizes, holds, either=False, required=20))
     return made
 
 
@@ -86,7 +86,7 @@ def test_recall_counts_whole_passages_within_the_budget():
     scores[0, 1] = [4, 3, 2, 1]
     answers = np.array([[True, True, False, False], [False, False, True, False]])
     sizes = np.array([5, 6, 7, 8])
-    one = Recorded("facts", scores, scores.sum(axis=1), np.zeros(4), sizes, answers, either=False, required=10)
+    one = Recorded("facts", scores, np.zeros(4), sizes, answers, either=False, required=10)
     either = dataclasses.replace(one, kind="real", either=True, answers=answers[::-1])
     ranking = Ranking(0, (Head(0, 1),), 0.7)
     for keep, kept in ((20, 0), (21, 1), (27, 1), (28, 2)):  # 10 required, then passages of 5, 6 and 7

@@ -68,6 +68,7 @@ def test_a_line_says_what_was_asked_and_answered(path):
         "digest": TRIALS[0].example.digest, "group": "50 %", "depth": 0.5,
         "tokens": 98, "question": "Where is 0?", "expected": ["a"], "answer": "an answer\n",
         "scores": {"right": 0.333333}, "prompt_tokens": 120, "seconds": {"prefill": 0.123}, "error": None,
+        "recall_estimate": None,
     }  # fmt: skip
     assert result_file.read([path]) == result_file.ResultFile(HEADING, tuple(LINES))
 

@@ -35,7 +35,7 @@ def _run(lengths: list[int], method: GemFilter, sampling: Sampling, *, seed: int
     """Both stages, with one streamed step, as the pipeline runs them."""
     model = tiny.decoder()
     prompts = [tiny.prompt_of(tiny.random_ids(length), prefix=3, suffix=4) for length in lengths]
-    kept = filtering.keep_tokens(model, prompts, method)
+    kept = [one.indices for one in filtering.keep_tokens(model, prompts, method)]
     ids, counts = loop.pad([prompt.ids[rows] for prompt, rows in zip(prompts, kept, strict=True)], 32)
     positions, _ = loop.pad(kept, 32)
     state = loop.prefill(

@@ -60,7 +60,7 @@ def test_whole_chunks_are_kept_beside_the_question_and_the_best_comes_last(model
     words[16] = "w7"
     method = BM25(keep=8 + 8 + 2, chunk=8, sentences=False)
     prompt = model._encode(" ".join(words), "w7 w8", method)
-    (kept,) = method.select(model.checkpoint.model, [prompt], watch=Stopwatch())
+    kept = method.select(model.checkpoint.model, [prompt], watch=Stopwatch())[0].indices
     assert kept.tolist() == [*range(16, 24), *range(56, 64), 200, 201]
 
 

@@ -10,7 +10,7 @@ import tiny
 from gemfilter_jax.config import ModelConfig
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.methods import presets
-from gemfilter_jax.methods.gemfilter.method import GemFilter, Head
+from gemfilter_jax.methods.gemfilter.method import AUTO_RECALL, GemFilter, Head
 from gemfilter_jax.methods.presets import Preset, preset_for, read_preset, write_preset
 
 _MODEL = {"layers": 4, "width": 32, "heads": 4, "kv_heads": 2, "vocab": 128}
@@ -111,7 +111,8 @@ def test_a_file(tmp_path):
     assert preset.method("default", 50, 1) == dataclasses.replace(_OWN, keep=50, filter_layer=1)
     assert preset.method("default", presets.AUTO) == dataclasses.replace(_OWN, share=0.3)
     ranked = dataclasses.replace(preset, default=dataclasses.replace(_OWN, lexical=0.7))
-    assert ranked.method("default", presets.AUTO).share == presets.AUTO_SHARE
+    assert ranked.method("default", presets.AUTO).recall == AUTO_RECALL
+    assert ranked.method("default", presets.AUTO).share is None
     adaptive = dataclasses.replace(preset, default=dataclasses.replace(_OWN, share=0.4))
     assert adaptive.method("default").share == adaptive.method("default", presets.AUTO).share == 0.4
     assert adaptive.method("default", 50) == dataclasses.replace(_OWN, keep=50)

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import tiny
 from jax.sharding import PartitionSpec
+from model_outputs import hidden_states
 
 from gemfilter_jax import pipeline
 from gemfilter_jax.errors import UserError
-from gemfilter_jax.models.transformer import Decoder
 from gemfilter_jax.ops import attention, dispatch
 from gemfilter_jax.ops.attention import TriShape, cudnn, splash
 from gemfilter_jax.parallel import collectives
@@ -168,7 +168,7 @@ def test_a_model_keeps_to_the_attention_it_is_given():
     model = jax.tree.map(lambda p: p, tiny.decoder())
     model.attention_implementation = "cudnn"
     with pytest.raises(UserError, match="cudnn: runs on gpu, and this process has cpu"):
-        jax.eval_shape(Decoder.hidden_states, model, jnp.zeros((1, 8), int), jnp.array([8]), 2)
+        jax.eval_shape(hidden_states, model, jnp.zeros((1, 8), int), jnp.array([8]), 2)
     with pytest.raises(UserError, match="'splash' runs on tpu, and this process has cpu"):
         pipeline.load("no such model", attention="splash")
 

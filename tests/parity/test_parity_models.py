@@ -5,6 +5,7 @@ import json
 
 import bounds
 import jax
+import model_outputs
 import numpy as np
 import pytest
 from model_files import FLOAT32, GOLDEN
@@ -13,6 +14,7 @@ from gemfilter_jax.checkpoints.hf_folder import HuggingFaceFolder
 from gemfilter_jax.config import ModelConfig
 from gemfilter_jax.generate import loop
 from gemfilter_jax.generate.sampling import GREEDY
+from gemfilter_jax.models import filter_view
 from gemfilter_jax.models.cache import KVCache
 from gemfilter_jax.models.families import FAMILIES
 from gemfilter_jax.models.transformer import Decoder
@@ -28,12 +30,12 @@ def _program(method, **jit_options):
     return lambda *args, **kwargs: jax.device_get(jitted(*args, **kwargs))
 
 
-hidden_states = _program(Decoder.hidden_states)
+hidden_states = _program(model_outputs.hidden_states)
 
 
 def _keys_and_last_queries(model, ids, lengths, layer, observation_window):
-    x = model.hidden_states(ids, lengths, layer)
-    return model.keys_and_last_queries(x, lengths, layer, observation_window)
+    x = model_outputs.hidden_states(model, ids, lengths, layer)
+    return filter_view.keys_and_last_queries(model, x, lengths, layer, observation_window)
 
 
 keys_and_last_queries = _program(_keys_and_last_queries, static_argnames="observation_window")

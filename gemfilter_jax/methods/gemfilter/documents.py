@@ -16,7 +16,7 @@ from gemfilter_jax.buckets import bucket
 from gemfilter_jax.config import LongRope, ModelConfig
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.generate.loop import pad
-from gemfilter_jax.methods.base import Method, Progress, Reader
+from gemfilter_jax.methods.base import Kept, Method, Progress, Reader
 from gemfilter_jax.methods.gemfilter import filtering, scoring_pass, segments
 from gemfilter_jax.methods.gemfilter.scoring_pass import ScoringPass
 from gemfilter_jax.models.cache import KVCache
@@ -177,12 +177,12 @@ class DocumentReader(Reader):
         method: Method | None = None,
         watch: Stopwatch,
         progress: Progress | None = None,
-    ) -> np.ndarray:
+    ) -> Kept:
         """See `Reader.select`; `watch` has the stage "read" if the document was read."""
         chosen = cast("GemFilter", method or self.method)
         chosen.check_prompt(self.model, prompt)
         if len(prompt) <= chosen.keep:
-            return np.arange(len(prompt))
+            return Kept.everything(prompt)
         known = self._known(prompt, chosen, watch, progress)
         with watch.stage("filter"):
             return filtering.keep_tokens_of_document(self.model, prompt, chosen, known, progress=progress)

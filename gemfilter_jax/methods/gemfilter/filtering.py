@@ -1,13 +1,15 @@
 """Stage 1 on the host: from prompts to indices of kept tokens. Long prompts are read in segments and rounds."""
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from gemfilter_jax.buckets import bucket
-from gemfilter_jax.methods.base import Progress
+from gemfilter_jax.methods.base import Kept, Progress
 from gemfilter_jax.methods.gemfilter import fusion, scoring_pass, segments
+from gemfilter_jax.methods.gemfilter.fusion import Choice
 from gemfilter_jax.models.transformer import Decoder
 from gemfilter_jax.parallel import sharding
 from gemfilter_jax.text.prompt import Prompt
@@ -19,8 +21,8 @@ if TYPE_CHECKING:
 
 def keep_tokens(
     model: Decoder, prompts: Sequence[Prompt], method: "GemFilter", *, progress: Progress | None = None
-) -> list[np.ndarray]:
-    """The indices of the tokens that `method` keeps of each prompt, in the order in which stage 2 reads them.
+) -> list[Kept]:
+    """What `method` keeps of each prompt.
 
     A prompt longer than `segments.reach` is cut into segments, each with the prompt's prefix and suffix. The best
     tokens of all segments are kept, in one round or in `method.rounds`.
@@ -30,7 +32,7 @@ def keep_tokens(
     """
     for prompt in prompts:
         method.check_prompt(model, prompt)
-    kept = [np.arange(len(prompt)) for prompt in prompts]
+    kept = [Kept.everything(prompt) for prompt in prompts]
     limit = segments.reach(model.config, method)
     count = _Counter(progress, sum(_to_read(prompt, method, limit) for prompt in prompts))
     together: dict[bool, list[int]] = {}  # prompts within reach, one batch for each form of attention
@@ -51,7 +53,7 @@ def keep_tokens(
 
 def keep_tokens_of_document(
     model: Decoder, prompt: Prompt, method: "GemFilter", reading: "Reading", *, progress: Progress | None = None
-) -> np.ndarray:
+) -> Kept:
     """`keep_tokens` for one prompt whose document has already been read.
 
     Args:
@@ -59,11 +61,11 @@ def keep_tokens_of_document(
       reading: must fit the prompt and the method.
     """
     if len(prompt) <= method.keep:
-        return np.arange(len(prompt))
+        return Kept.everything(prompt)
     whole = len(prompt) <= segments.reach(model.config, method)
     scores = reading.scores(model, prompt, method)
     if whole:
-        return fusion.kept([scores], [prompt], [np.arange(len(prompt))], method)[0]
+        return _told(fusion.kept([scores], [prompt], [np.arange(len(prompt))], method), method)
     return _in_rounds(model, prompt, method, _Counter(progress, _to_read(prompt, method, 0) - len(prompt)), scores)
 
 
@@ -95,9 +97,9 @@ def _to_read(prompt: Prompt, method: "GemFilter", limit: int) -> int:
 
 def _in_rounds(
     model: Decoder, prompt: Prompt, method: "GemFilter", count: _Counter, first: np.ndarray | None = None
-) -> np.ndarray:
-    """The kept tokens of a prompt beyond reach; `first` holds the scores of the first round if they are known."""
-    rows = np.arange(len(prompt))
+) -> Kept:
+    """What is kept of a prompt beyond reach; `first` holds the scores of the first round if they are known."""
+    rows, choices = np.arange(len(prompt)), []
     budgets = _budgets(prompt, method)
     for keep in budgets:
         if first is None:
@@ -105,8 +107,15 @@ def _in_rounds(
         else:
             scores, first = first, None
         last = keep == budgets[-1]
-        rows = fusion.kept([scores], [prompt], [rows], method, keep=None if last else keep)[0]
-    return rows
+        choices += fusion.kept([scores], [prompt], [rows], method, keep=None if last else keep)
+        rows = choices[-1].rows
+    return _told(choices, method) if choices else Kept.everything(prompt)
+
+
+def _told(rounds: Sequence[Choice], method: "GemFilter") -> Kept:
+    """What is kept of a prompt in the last of some rounds; its share is of what the rounds before have kept."""
+    share = math.prod(one.share for one in rounds)
+    return Kept(rounds[-1].rows, method.recall_of(share, rounds[0].passages))
 
 
 def _scores_in_pieces(
@@ -132,11 +141,12 @@ def _scores_in_pieces(
     return scores
 
 
-def _best_of_whole(model: Decoder, prompts: Sequence[Prompt], method: "GemFilter") -> list[np.ndarray]:
-    """The kept tokens of prompts within reach, scored in one pass."""
+def _best_of_whole(model: Decoder, prompts: Sequence[Prompt], method: "GemFilter") -> list[Kept]:
+    """What is kept of prompts within reach, scored in one pass."""
     ids = [prompt.ids for prompt in prompts]
     document = max(len(prompt) - prompt.prefix_length - prompt.suffix_length for prompt in prompts)
     scores = scoring_pass.scores(
         model, ids, prompts, method, whole=True, document=document, width=bucket(max(map(len, ids)))
     )
-    return fusion.kept(list(scores), prompts, [np.arange(len(prompt)) for prompt in prompts], method)
+    kept = fusion.kept(list(scores), prompts, [np.arange(len(prompt)) for prompt in prompts], method)
+    return [_told([one], method) for one in kept]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -9,13 +10,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar
 
 from gemfilter_jax import settings
 from gemfilter_jax.errors import UserError
-from gemfilter_jax.methods.base import Method, Order, Pooling, Progress
+from gemfilter_jax.methods.base import Kept, Method, Order, Pooling, Progress
 from gemfilter_jax.ops import Normalisation
 from gemfilter_jax.settings import option
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from gemfilter_jax.config import ModelConfig
     from gemfilter_jax.methods.gemfilter.documents import DocumentReader
     from gemfilter_jax.methods.presets import Preset
@@ -29,7 +28,14 @@ FilterPrecision = Literal["float", "int8"]
 AUTO = "auto"
 """The budget that keeps enough tokens to hold a share of the score, up to the preset's `keep`."""
 
+AUTO_RECALL = 0.9
+"""The probability that the answer is in what is kept, where passages are ranked as wholes, under that budget."""
+
+SHARE_OF_ATTENTION = 0.3
+"""The share of the attention that is kept under that budget otherwise."""
+
 _FORMER_NAMES = {"window": "observation_window", "kernel": "pool_size"}
+_LEAST_ODDS = 1e-4  # scores are float32, and no estimate is surer
 _HEAD = re.compile(r"(\d{1,9})/(\d{1,9})(?::(\d*\.?\d+))?", re.ASCII)
 
 _Class = TypeVar("_Class", bound=type)
@@ -58,6 +64,16 @@ class Head:
 
     def __str__(self) -> str:
         return f"{self.layer}/{self.head}" + ("" if self.weight == 1 else f":{self.weight:g}")
+
+
+def log_odds(probability: float) -> float:
+    """Finite for probabilities of 0 and 1 too."""
+    inside = min(max(probability, _LEAST_ODDS), 1 - _LEAST_ODDS)
+    return math.log(inside / (1 - inside))
+
+
+def _logistic(log_odds: float) -> float:
+    return 1 / (1 + math.exp(-log_odds))
 
 
 def _lenient(owner: _Class) -> _Class:
@@ -98,18 +114,22 @@ class GemFilter(Method):
     Attributes:
       filter_layer: r, 0-based: layers 0..r-1 run, layer r's keys and queries score, and those of `heads`.
       keep: K, tokens kept, required ones included.
-      share: keep no more chunks than hold this share of the document's score, rounded up to a bucket, instead of K
-        tokens in any case; None for K. With `heads` or `lexical` it is the probability, as the scores have it, that
-        what is kept holds the answer.
-      least: tokens kept at least where `share` decides.
+      share: keep no more chunks than hold this share of the document's attention, rounded up to a bucket, instead of K
+        tokens in any case; None for K. For methods without `heads` and `lexical`.
+      recall: keep no more passages than hold the answer with this probability, rounded up and bounded likewise; None
+        for K. For methods with `heads` or `lexical`.
+      recall_fit: what makes a share of the evidence a probability, see `recall_of`: a logistic regression's intercept,
+        and weights of the share's log odds and of the logarithm of the number of passages, from `gemfilter calibrate`;
+        None where it is not known.
+      least: tokens kept at least where `share` or `recall` decides.
       observation_window: W, observation rows at the end of the prompt, none of them before the question.
       normalisation: see `key_scores.score_keys`; prompts cut into segments are scored with "sink" in place of
         "softmax".
       head_weights: one weight for each query head of layer r, or None for all heads alike.
       heads: heads of layers up to r in place of layer r's, as "layer/head" or "layer/head:weight"; None for layer r's.
       lexical: weight of the words that a passage shares with the question, see `lexical.scores`; 0 for attention alone.
-      sharpness: how strongly a difference of such scores counts as evidence, see `share`; a preset's is right for its
-        own heads and weight of words.
+      sharpness: how strongly a difference of such scores counts as evidence, see `fusion.kept`; a preset's, and its
+        `recall_fit`, are right for its own heads and weight of words.
       pooling, pool_size: neighbours pooled before ranking, without `heads` and `lexical`.
       chunk: P, at most so many tokens are ranked and kept together.
       sentences: chunks are whole sentences, of which those beyond P tokens are cut evenly; else P tokens each.
@@ -136,8 +156,12 @@ class GemFilter(Method):
 
     filter_layer: int = option(help="Layer whose attention picks the tokens, counted from 0.", at_least=0)
     keep: int = option(1024, "Tokens to keep.", at_least=1)
-    share: float | None = option(None, "Share of the score that the kept chunks hold.", above=0, at_most=1)
-    least: int = option(256, "Tokens to keep at least where the share decides.", at_least=1)
+    share: float | None = option(None, "Share of the attention that the kept chunks hold.", above=0, at_most=1)
+    recall: float | None = option(
+        None, "Keep no more tokens than hold the answer with this probability, at most keep.", above=0, at_most=1
+    )
+    recall_fit: tuple[float, ...] | None = option(None, "Logistic regression that makes shares probabilities.")
+    least: int = option(256, "Tokens to keep at least where share or recall decides.", at_least=1)
     observation_window: int = option(32, "Last tokens of the question whose attention is counted.", at_least=1)
     normalisation: Normalisation = option("softmax", "Normalisation of the attention that is counted.")
     head_weights: tuple[float, ...] | None = option(None, "Weight of each query head.", at_least=0)
@@ -193,7 +217,12 @@ class GemFilter(Method):
         method = preset.method(variant, own.pop("keep", None), own.pop("filter_layer", None))
         if own.keys() & {"heads", "head_weights"}:
             method = dataclasses.replace(method, heads=None, head_weights=None)
-        return cls(**dataclasses.asdict(method) | own)
+        if own.keys() & {"heads", "head_weights", "lexical"}:
+            method = dataclasses.replace(method, recall_fit=None)
+        made = cls(**dataclasses.asdict(method) | own)
+        if made.recall is not None and not made.ranks_passages and "recall" not in own:
+            return dataclasses.replace(made, recall=None, share=SHARE_OF_ATTENTION)
+        return made
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any], config: "ModelConfig", source: str) -> Self:
@@ -234,8 +263,12 @@ class GemFilter(Method):
         """What is wrong with options that are right by themselves; None if nothing is."""
         import numpy as np
 
-        if self.share is not None and self.normalisation == "none":
-            return f"share is {self.share}, which needs a normalisation other than 'none'"
+        if self.share is not None and (self.normalisation == "none" or self.ranks_passages):
+            return f"share is {self.share}, which needs attention alone and a normalisation other than 'none'"
+        if self.recall is not None and not self.ranks_passages:
+            return f"recall is {self.recall}, which needs heads of several layers, or shared words"
+        if self.recall_fit is not None and (len(self.recall_fit) != 3 or self.recall_fit[1] <= 0):
+            return f"recall_fit is {self.recall_fit}; expected three numbers, the second above 0"
         if self.order == "best_last" and self.positions == "original":
             return "original positions need order 'text'"
         if self.ranks_passages and (self.chunk == 1 or self.normalisation == "none"):
@@ -281,6 +314,21 @@ class GemFilter(Method):
         """Whether passages are ranked as wholes, see `fusion.ranking`, and not by their tokens' scores."""
         return self.heads is not None or self.lexical > 0
 
+    def recall_of(self, share: float, passages: int) -> float | None:
+        """The probability that those of so many passages that have this share of the evidence hold the answer.
+
+        None where it is not known.
+        """
+        if not self.ranks_passages or self.recall_fit is None:
+            return None
+        intercept, of_share, of_passages = self.recall_fit
+        return _logistic(intercept + of_share * log_odds(share) + of_passages * math.log(max(passages, 1)))
+
+    def share_for(self, recall: float, passages: int) -> float:
+        """The share that has this `recall_of`; where that is not known, the recall itself."""
+        intercept, of_share, of_passages = self.recall_fit or (0.0, 1.0, 0.0)
+        return _logistic((log_odds(recall) - intercept - of_passages * math.log(max(passages, 1))) / of_share)
+
     def check_prompt(self, model: "Decoder", prompt: "Prompt") -> None:
         """Raise a `UserError` if the method cannot serve this model and prompt."""
         from gemfilter_jax.methods.gemfilter import segments
@@ -302,8 +350,8 @@ class GemFilter(Method):
 
     @property
     def keep_shown(self) -> int | str:
-        """K, or "auto" where a share decides."""
-        return self.keep if self.share is None else AUTO
+        """K, or "auto" where a share or a probability decides."""
+        return self.keep if self.share is None and self.recall is None else AUTO
 
     @property
     def observation_rows(self) -> int:
@@ -332,7 +380,7 @@ class GemFilter(Method):
         *,
         watch: "Stopwatch",
         progress: Progress | None = None,
-    ) -> "list[np.ndarray]":
+    ) -> list[Kept]:
         """Stage 1; see `filtering.keep_tokens`."""
         from gemfilter_jax.methods.gemfilter import filtering
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from gemfilter_jax.buckets import bucket
 from gemfilter_jax.generate.loop import pad
+from gemfilter_jax.models import filter_view
 from gemfilter_jax.models.cache import KVCache, cache_specs
 from gemfilter_jax.models.transformer import Decoder
 from gemfilter_jax.ops import Normalisation
@@ -159,7 +160,8 @@ def score_prompt(
             )
 
         with jax.named_scope("filter"):
-            return scoring.prepared(model).looked_at(
+            return filter_view.looked_at(
+                scoring.prepared(model),
                 ids,
                 lengths,
                 scoring.layers,
@@ -213,8 +215,8 @@ def score_heads(
             return score_keys(q, observing, k, head_weights=each, normalisation=scoring.normalisation)
 
         with jax.named_scope("filter"):
-            prepared = scoring.prepared(model)
-            return prepared.at_each_layer(ids, lengths, layers, scoring.observation_window, look, scoring.pattern)
+            prepared, window = scoring.prepared(model), scoring.observation_window
+            return filter_view.at_each_layer(prepared, ids, lengths, layers, window, look, scoring.pattern)
 
     batch = sharding.spec("batch")
     run = sharding.on_devices(model, scored, (batch, batch, batch, _specs(scoring)), sharding.spec(None, "batch"))
@@ -240,7 +242,7 @@ def read(
 
     def held(model, ids, lengths, extents, scoring):
         with jax.named_scope("read"):
-            return scoring.prepared(model).read(ids, lengths, extents, filter_layer, scoring.pattern)
+            return filter_view.read(scoring.prepared(model), ids, lengths, extents, filter_layer, scoring.pattern)
 
     batch = sharding.spec("batch")
     run = sharding.on_devices(model, held, (batch, batch, batch, _specs(scoring)), cache_specs())
@@ -264,8 +266,8 @@ def score_after(model: Decoder, read: KVCache, ids: jax.Array, lengths: jax.Arra
             return score_keys(q, rows, k, head_weights=scoring.of_layer(layer), normalisation=scoring.normalisation)
 
         with jax.named_scope("filter"):
-            prepared = scoring.prepared(model)
-            return prepared.looked_at_after(read, ids, lengths, scoring.layers, scoring.observation_window, look)
+            prepared, window = scoring.prepared(model), scoring.observation_window
+            return filter_view.looked_at_after(prepared, read, ids, lengths, scoring.layers, window, look)
 
     batch = sharding.spec("batch")
     run = sharding.on_devices(model, scored, (cache_specs(), batch, batch, _specs(scoring)), batch)

@@ -12,7 +12,8 @@ from gemfilter_jax.parallel import collectives, shards
 from gemfilter_jax.precision import precision_of
 
 _BLOCK = 512  # queries and keys per block: the fastest of 64..1024 on two AVX-512 cores at S = 8192, E = 64
-_BAND_BLOCK = 256  # for a tri_shape: smaller, because keys of a block outside the band are wasted work
+_BAND_BLOCK = 256  # of a tri_shape, at most: half of its band, since keys of a block beyond the band are wasted work
+_LEAST_BAND_BLOCK = 128  # smaller products cost more than they save
 _MASKED = -1e30  # finite, so that a row without any visible key does not yield NaN
 
 
@@ -147,7 +148,7 @@ def banded(
       firsts: keys and values [B, F, G, E] of the first tokens.
     """
     length, before = q.shape[1], k.shape[1] - q.shape[1]
-    block = min(_BAND_BLOCK, length)
+    block = min(_BAND_BLOCK, max(pattern.band // 2, _LEAST_BAND_BLOCK), length)
     missing = -length % block
     q, k, v = (jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) for x in (q, k, v))
     first, repeats = firsts[0].shape[1], q.shape[2] // k.shape[2]

@@ -38,7 +38,7 @@ _TRI_SHAPE = {"filter_attention": "tri_shape", "band": 24, "first_tokens": 5}
         ({"normalisation": "none", "lexical": 0.0}, _SUFFIX),
         ({"heads": ("0/1", "2/3:0.5"), "normalisation": "sink"}, _SUFFIX),
         ({"heads": ("1/2",)} | _TRI_SHAPE, _SUFFIX),
-        ({"share": 0.5, "least": 40}, _SUFFIX),
+        ({"recall": 0.5, "least": 40}, _SUFFIX),
         ({"rounds": (90,)}, _SUFFIX),
     ],
     ids=str,
@@ -50,8 +50,8 @@ def test_other_questions_keep_what_they_keep_anew(length, change, suffix):
     for question in (0, 1):
         prompt = _prompt(length, question, suffix)
         assert read.fits(model.config, prompt, method)
-        again = filtering.keep_tokens_of_document(model, prompt, method, read)
-        (anew,) = filtering.keep_tokens(model, [prompt], method)
+        again = filtering.keep_tokens_of_document(model, prompt, method, read).indices
+        anew = filtering.keep_tokens(model, [prompt], method)[0].indices
         np.testing.assert_array_equal(again, anew)
 
 
@@ -136,5 +136,5 @@ def test_long_rope_tells_documents_apart_by_the_table_of_the_whole_prompt():
     assert documents.key(model, below, method) != documents.key(model, above, method)
     for prompt in (below, above):
         made = documents.read(model, prompt, method)
-        again = filtering.keep_tokens_of_document(model, prompt, method, made)
-        np.testing.assert_array_equal(again, filtering.keep_tokens(model, [prompt], method)[0])
+        again = filtering.keep_tokens_of_document(model, prompt, method, made).indices
+        np.testing.assert_array_equal(again, filtering.keep_tokens(model, [prompt], method)[0].indices)

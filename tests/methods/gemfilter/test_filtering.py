@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 
 import bounds
 import numpy as np
@@ -33,6 +34,11 @@ _FUSED = dataclasses.replace(_DEFAULT, heads=("0/1", "2/3:0.5"), lexical=0.7)
 _PAPER = GemFilter.paper(filter_layer=2, keep=64)
 
 
+def _kept(model: Decoder, prompts: list[Prompt], method: GemFilter, **options) -> list[np.ndarray]:
+    """The kept tokens of each prompt."""
+    return [one.indices for one in filtering.keep_tokens(model, prompts, method, **options)]
+
+
 def _prompt(length: int, prefix: int = _PREFIX, suffix: int = _SUFFIX, seed: int = 0):
     return tiny.prompt_of(tiny.random_ids(length, seed), prefix, suffix)
 
@@ -48,7 +54,7 @@ def _check_kept(kept: np.ndarray, prompt, method: GemFilter) -> None:
 @pytest.mark.parametrize("method", [_DEFAULT, _FUSED, _PAPER], ids=["default", "fused", "paper"])
 def test_whole_prompts(method):
     prompts = [_prompt(_SEGMENT), _prompt(64), _prompt(20), _prompt(70, prefix=0, suffix=64)]
-    kept = filtering.keep_tokens(tiny.decoder(), prompts, method)
+    kept = _kept(tiny.decoder(), prompts, method)
     for rows, prompt in zip(kept, prompts, strict=True):
         _check_kept(rows, prompt, method)
         if len(prompt) <= method.keep:
@@ -58,9 +64,9 @@ def test_whole_prompts(method):
 @pytest.mark.parametrize("method", [_DEFAULT, _FUSED], ids=["default", "fused"])
 def test_a_batch_keeps_what_its_prompts_keep_alone(method):
     prompts = [_prompt(128), _prompt(97), _prompt(700), _prompt(115), _prompt(200)]
-    together = filtering.keep_tokens(tiny.decoder(), prompts, method)
+    together = _kept(tiny.decoder(), prompts, method)
     for rows, prompt in zip(together, prompts, strict=True):
-        np.testing.assert_array_equal(rows, filtering.keep_tokens(tiny.decoder(), [prompt], method)[0])
+        np.testing.assert_array_equal(rows, _kept(tiny.decoder(), [prompt], method)[0])
 
 
 @pytest.mark.parametrize("normalisation", ["softmax", "none"])
@@ -101,14 +107,14 @@ def test_a_sliding_window_bounds_what_is_filtered_in_one_pass(monkeypatch):
         (GemFilter.paper(filter_layer=1, keep=20), 250),
     ):
         widths.clear()
-        _check_kept(filtering.keep_tokens(model, [prompt], method)[0], prompt, method)
+        _check_kept(_kept(model, [prompt], method)[0], prompt, method)
         assert max(widths) <= longest
         assert longest < 250 or widths == [250]
 
 
 def test_the_filter_is_not_run_where_everything_is_kept(monkeypatch):
     monkeypatch.setattr(scoring_pass, "scores", None)
-    (rows,) = filtering.keep_tokens(tiny.decoder(), [_prompt(64)], _DEFAULT)
+    (rows,) = _kept(tiny.decoder(), [_prompt(64)], _DEFAULT)
     np.testing.assert_array_equal(rows, np.arange(64))
 
 
@@ -117,7 +123,7 @@ def test_the_filter_is_not_run_where_everything_is_kept(monkeypatch):
 def test_prompts_beyond_the_context(length, keep):
     """Budgets from the template and question alone to more than the context, in whole chunks or not."""
     method, prompt = dataclasses.replace(_DEFAULT, keep=keep), _prompt(length)
-    _check_kept(filtering.keep_tokens(tiny.decoder(), [prompt], method)[0], prompt, method)
+    _check_kept(_kept(tiny.decoder(), [prompt], method)[0], prompt, method)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +139,7 @@ def test_prompts_beyond_the_context(length, keep):
 )
 def test_every_rule_reads_prompts_beyond_the_context(method):
     prompt = _prompt(1000)
-    _check_kept(filtering.keep_tokens(tiny.decoder(), [prompt], method)[0], prompt, method)
+    _check_kept(_kept(tiny.decoder(), [prompt], method)[0], prompt, method)
 
 
 @pytest.fixture
@@ -161,7 +167,7 @@ def test_segments_are_whole_chunks_between_prefix_and_suffix(monkeypatch):
     monkeypatch.setattr(scoring_pass, "scores", record)
     prompt = tiny.prompt_of(np.arange(1000, dtype=np.int32), _PREFIX, _SUFFIX)
     method = dataclasses.replace(_DEFAULT, keep=40, rounds=(50,))
-    filtering.keep_tokens(tiny.decoder(), [prompt], method)
+    _kept(tiny.decoder(), [prompt], method)
     *cut, last = passed
     document = [segment[_PREFIX:-_SUFFIX] for segment in cut]
     np.testing.assert_array_equal(np.concatenate(document), np.arange(_PREFIX, 1000 - _SUFFIX))
@@ -186,7 +192,7 @@ def test_the_best_chunks_of_all_segments_are_kept(score_of_token, best):
     ranks = np.random.default_rng(0).permutation(248)
     prompt = _ranked_chunks(score_of_token, 248 * _CHUNK, ranks)
     method = dataclasses.replace(_DEFAULT, keep=_PREFIX + best * _CHUNK + _SUFFIX)
-    (kept,) = filtering.keep_tokens(tiny.decoder(), [prompt], method)
+    (kept,) = _kept(tiny.decoder(), [prompt], method)
     document = (_PREFIX + np.flatnonzero(ranks >= 248 - best)[:, None] * _CHUNK + np.arange(_CHUNK)).ravel()
     ends = np.flatnonzero(prompt.required)
     np.testing.assert_array_equal(kept, np.sort(np.concatenate([ends, document])))
@@ -198,7 +204,7 @@ def test_the_best_passage_is_read_last(score_of_token, document):
     ranks[[3, 4, 8, 12]] = 1001, 1000, 1003, 1002
     prompt = _ranked_chunks(score_of_token, document * _CHUNK, ranks)
     method = dataclasses.replace(_DEFAULT, keep=_PREFIX + 4 * _CHUNK + _SUFFIX, order="best_last")
-    (kept,) = filtering.keep_tokens(tiny.decoder(), [prompt], method)
+    (kept,) = _kept(tiny.decoder(), [prompt], method)
     chunks = [_PREFIX + chunk * _CHUNK + np.arange(_CHUNK) for chunk in (3, 4, 12, 8)]
     ends = np.flatnonzero(prompt.required)
     np.testing.assert_array_equal(kept, np.concatenate([ends[:_PREFIX], *chunks, ends[_PREFIX:]]))
@@ -209,32 +215,31 @@ def test_chunks_stay_whole_through_the_rounds(score_of_token):
     ranks = np.append(np.random.default_rng(0).permutation(248), 999)
     prompt = _ranked_chunks(score_of_token, 248 * _CHUNK + 3, ranks)
     method = dataclasses.replace(_DEFAULT, keep=_PREFIX + 35 + _SUFFIX, rounds=(300, 51))
-    (kept,) = filtering.keep_tokens(tiny.decoder(), [prompt], method)
+    (kept,) = _kept(tiny.decoder(), [prompt], method)
     document = kept[~prompt.required[kept]] - _PREFIX
     want = [248, *np.argsort(-ranks[:248])[:4]]
     np.testing.assert_array_equal(np.unique(document // _CHUNK), np.sort(want))
 
 
 class TestChunks:
-    TEXT = "One two. Three four five? six\n\nseven eight nine ten eleven."
-    WORDS = ((0, 3), (3, 7), (7, 8), (8, 14), (14, 19), (19, 24), (24, 25), (25, 29), (29, 31), (31, 36), (36, 42),
-             (42, 47), (47, 51), (51, 58), (58, 59))  # fmt: skip
-    SENTENCES = (0, 0, 0, 1, 1, 1, 1, 2, 2, 3, 3, 3, 3, 3, 3)
+    TEXT = "One two too. Three four five? Six alone here\n\nseven eight nine ten eleven."
+    SENTENCES = (0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3)
 
     def prompt(self, prefix: int, suffix: int) -> Prompt:
         outside = [(0, 0)]
-        offsets = np.array(outside * prefix + list(self.WORDS) + [(len(self.TEXT), len(self.TEXT))] * suffix)
+        words = [match.span() for match in re.finditer(r"\n\n| ?\w+|[.?]", self.TEXT)]
+        offsets = np.array(outside * prefix + words + [(len(self.TEXT), len(self.TEXT))] * suffix)
         return Prompt(self.TEXT, np.zeros(len(offsets), np.int32), offsets, prefix, suffix)
 
     def test_sentences(self):
-        assert self.prompt(2, 3).sentences[2:-3].tolist() == list(self.SENTENCES)
+        assert self.prompt(2, 3).passages[2:-3].tolist() == list(self.SENTENCES)
 
     @pytest.mark.parametrize(
         ("sentences", "chunk", "document"),
         [
             (True, 64, SENTENCES),
-            (True, 4, (0, 0, 0, 1, 1, 1, 1, 2, 2, 3, 3, 3, 4, 4, 4)),  # the last one of 6 in halves, not 4 and 2
-            (False, 4, (0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3)),
+            (True, 4, (*SENTENCES[:12], 3, 3, 3, 4, 4, 4)),  # the last one of 6 in halves, not 4 and 2
+            (False, 4, (*SENTENCES[:12], 3, 3, 3, 3, 4, 4)),
         ],
     )
     def test_chunks_never_reach_out_of_the_document(self, sentences, chunk, document):
@@ -252,7 +257,7 @@ def test_one_great_token_is_found_in_any_segment(score_of_token):
     for place in range(_PREFIX, len(prompt) - _SUFFIX, 97):
         score_of_token.clear()
         score_of_token[place] = 9.0
-        (kept,) = filtering.keep_tokens(tiny.decoder(), [prompt], dataclasses.replace(_DEFAULT, keep=25))
+        (kept,) = _kept(tiny.decoder(), [prompt], dataclasses.replace(_DEFAULT, keep=25))
         assert place in kept
 
 
@@ -261,7 +266,7 @@ def test_progress_grows_to_one_total(lengths):
     """Each segment is told of, the whole prompts and the last pass once."""
     told: list[tuple[int, int]] = []
     prompts = [_prompt(length) for length in lengths]
-    filtering.keep_tokens(tiny.decoder(), prompts, _DEFAULT, progress=lambda *counts: told.append(counts))
+    _kept(tiny.decoder(), prompts, _DEFAULT, progress=lambda *counts: told.append(counts))
     reads, totals = zip(*told, strict=True)
     assert all(before < after for before, after in itertools.pairwise(reads))
     assert set(totals) == {reads[-1]}
@@ -291,5 +296,5 @@ def test_progress_grows_to_one_total(lengths):
 def test_what_does_not_fit_is_refused(change, length, prefix, words):
     method = dataclasses.replace(_DEFAULT, **change)
     with pytest.raises(UserError, match=words) as error:
-        filtering.keep_tokens(tiny.decoder(), [_prompt(90), _prompt(length, prefix)], method)
+        _kept(tiny.decoder(), [_prompt(90), _prompt(length, prefix)], method)
     assert "\n" not in str(error.value)

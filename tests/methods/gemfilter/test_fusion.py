@@ -29,11 +29,11 @@ def _ranks(scores: np.ndarray, question: str = "?", *, lexical_weight: float = 0
 
 def test_a_rank_is_the_weighted_mean_of_standardised_logarithms():
     scores = _scores()
-    best = np.log([[row[start:stop].max() for start, stop in ((0, 3), (3, 5), (5, 9), (9, 12))] for row in scores])
-    standard = [(row - np.mean(row)) / np.std(row) for row in best]
+    means = np.log([[row[start:stop].mean() for start, stop in ((0, 3), (3, 5), (5, 9), (9, 12))] for row in scores])
+    standard = [(row - np.mean(row)) / np.std(row) for row in means]
     want = (standard[0] + 0.5 * standard[1]) / 1.5
     # float32 logarithms, standardised: a few units in the last place of numbers below 4.
-    np.testing.assert_allclose(_ranks(scores), want, rtol=0, atol=4 * 8 * 2**-23 * np.abs(best).max())
+    np.testing.assert_allclose(_ranks(scores), want, rtol=0, atol=4 * 8 * 2**-23 * np.abs(means).max())
 
 
 def test_the_scale_of_a_head_does_not_matter():
@@ -84,33 +84,38 @@ def test_the_share_is_that_of_the_probability(share, sharpness):
     """The fewest passages that hold the share of softmax(sharpness * rank) are kept, rounded up to a bucket."""
     prompt, scores = _document(60)
     method = dataclasses.replace(
-        _METHOD, heads=("2/0",), keep=512, least=1, order="text", share=share, sharpness=sharpness
+        _METHOD, heads=("2/0",), keep=512, least=1, order="text", recall=share, sharpness=sharpness
     )
     none = np.zeros(60, np.float32)
     ranks = fusion.ranking(scores[:, 7:-10], np.arange(0, 480, 8), none, method)
     likely = np.sort(np.exp(sharpness * ranks.astype(np.float64)))[::-1]
     held = np.cumsum(np.repeat(likely / 8, 8)) / likely.sum()
     wanted = 17 + 1 + int(np.searchsorted(held, share, side="left"))
-    (kept,) = fusion.kept([scores], [prompt], [np.arange(len(prompt))], method)
+    (choice,) = fusion.kept([scores], [prompt], [np.arange(len(prompt))], method)
+    kept = choice.rows
     sizes = buckets_to(512)
     assert len(kept) == min(len(prompt), next(size for size in sizes if size >= wanted))
     whole = (len(kept) - 17) // 8
     best = set(np.argsort(-ranks)[:whole].tolist())
+    of_kept = held[len(kept) - 17 - 1]
+    np.testing.assert_allclose(choice.share, of_kept, rtol=512 * 2**-23)  # a sum of so many float32 numbers
+    assert choice.passages == 60
     assert best <= set(((kept[(kept >= 7) & (kept < 487)] - 7) // 8).tolist())
 
 
 def test_the_template_gives_way_where_it_is_not_required():
     prompt, scores = _document(6)
     method = dataclasses.replace(_METHOD, heads=("2/0",), keep=40, keep_required=False, order="text")
-    (kept,) = fusion.kept([scores], [prompt], [np.arange(len(prompt))], method)
+    (choice,) = fusion.kept([scores], [prompt], [np.arange(len(prompt))], method)
+    kept = choice.rows
     assert not prompt.required[kept].any()
 
 
 def test_a_prompt_that_is_all_question_has_no_passages():
     prompt = tiny.prompt_of(np.arange(20, dtype=np.int32), 5, 15)
     method = dataclasses.replace(_METHOD, heads=("2/0",), keep=16, keep_required=False, order="text")
-    (kept,) = fusion.kept([np.zeros((1, 20), np.float32)], [prompt], [np.arange(20)], method)
-    assert len(kept) == 16
+    (choice,) = fusion.kept([np.zeros((1, 20), np.float32)], [prompt], [np.arange(20)], method)
+    assert len(choice.rows) == 16
 
 
 def test_words_are_those_of_the_whole_document_in_every_round():
