@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from scipy import optimize
 
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.evals.example import Example
@@ -47,7 +48,6 @@ _SPARSITY = 0.02  # weight of the sparsity penalty in the loss; it drives heads 
 _SMALLEST_SHARE = 0.1  # heads with a smaller share of the weights are dropped
 _SHARPNESSES = tuple(round(0.05 * 1.1**step, 3) for step in range(60))  # up to 14
 _LONG = 4  # times the usual length: some texts, so that passages of different segments are compared
-_NEWTON_STEPS = 30
 _PENALTY = 0.5  # of the regression of recall, in questions
 _LEAST_SLOPE = 0.05
 _MASKED = -1e9  # finite, so that gradients stay finite
@@ -287,7 +287,7 @@ def recall(recorded: Sequence[Recorded], ranking: Ranking, keep: int) -> Recall:
 def recall_fit(recorded: Sequence[Recorded], ranking: Ranking, sharpness: float, keep: int) -> tuple[float, ...]:
     """What `GemFilter.recall_fit` is: fitted to what is kept with half of a budget, with all, and with twice of it.
 
-    Newton's method, with a penalty that keeps the weights near those of shares that are probabilities.
+    A penalty keeps the weights near those of shares that are probabilities.
     """
     shares, kept, weights = [], [], []
     for one, weight in zip(recorded, _weights(recorded), strict=True):
@@ -300,13 +300,15 @@ def recall_fit(recorded: Sequence[Recorded], ranking: Ranking, sharpness: float,
             kept.append(held.any() if one.either else held.mean())
             weights.append(weight)
     x, y, w = np.array(shares), np.array(kept, np.float64), np.array(weights, np.float64) * len(recorded)
-    start = np.array([0.0, 1.0, 0.0])
-    fit = start.copy()
-    for _ in range(_NEWTON_STEPS):
-        stated = 1 / (1 + np.exp(-x @ fit))
-        slope = x.T @ (w * (stated - y)) + _PENALTY * (fit - start)
-        curvature = (x * (w * stated * (1 - stated))[:, None]).T @ x + _PENALTY * np.eye(len(fit))
-        fit -= np.linalg.solve(curvature, slope)
+    as_they_are = np.array([0.0, 1.0, 0.0])  # weights for shares that are probabilities
+
+    def loss(fit: np.ndarray) -> tuple[float, np.ndarray]:
+        log_odds_of_recall, off = x @ fit, fit - as_they_are
+        unlikely = w @ (np.logaddexp(0, log_odds_of_recall) - y * log_odds_of_recall)
+        slope = x.T @ (w * (1 / (1 + np.exp(-log_odds_of_recall)) - y))
+        return float(unlikely + _PENALTY / 2 * off @ off), slope + _PENALTY * off
+
+    fit = optimize.minimize(loss, as_they_are, jac=True).x
     fit[1] = max(fit[1], _LEAST_SLOPE)
     return tuple(round(float(one), 3) for one in fit)
 

@@ -1,6 +1,7 @@
 """Passages: the chunks of a prompt, and which of them are kept by their scores."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 
 import jax
@@ -12,6 +13,7 @@ from gemfilter_jax.methods import selection
 from gemfilter_jax.methods.base import Method, Order, Pooling
 from gemfilter_jax.text.prompt import Prompt
 
+_WORD = re.compile(r"\w+")
 _select = jax.jit(selection.select, static_argnames=("capacity", "pooling", "pool_size"))
 
 
@@ -74,6 +76,16 @@ class Listed:
     def sizes(self) -> np.ndarray:
         """int [P], tokens in each passage."""
         return np.diff(self.first, append=len(self.tokens))
+
+    def repeated(self, ranks: np.ndarray) -> np.ndarray:
+        """bool [P], passages with the very words of another that ranks higher or, at the same rank, comes first."""
+        seen: set[tuple[str, ...]] = set()
+        repeated = np.zeros(len(ranks), bool)
+        for index in np.argsort(-ranks, kind="stable"):
+            words = tuple(_WORD.findall(self.texts[index].lower()))
+            repeated[index] = words in seen
+            seen.update([words] if words else [])
+        return repeated
 
     def for_each_token(self, of_passages: np.ndarray, count: int, *, others: float = 0.0) -> np.ndarray:
         """float32 [count]: every token has its passage's value, and tokens outside of passages `others`."""

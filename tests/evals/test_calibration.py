@@ -12,7 +12,7 @@ from gemfilter_jax.evals import calibration
 from gemfilter_jax.evals.calibration import Plan, Ranking, Recorded
 from gemfilter_jax.evals.tasks.hidden_facts import HiddenFacts
 from gemfilter_jax.methods import presets
-from gemfilter_jax.methods.gemfilter.method import Head
+from gemfilter_jax.methods.gemfilter.method import GemFilter, Head
 from gemfilter_jax.reporting import plots
 from gemfilter_jax.text.prompt import encode
 
@@ -74,6 +74,29 @@ def test_the_sharpness_is_the_one_that_ranks_were_drawn_with(sharpness):
         made.append(dataclasses.replace(one, answers=answer[None]))
     # The standard error of the estimate is 1 / sqrt(2000 * variance of the ranks under the softmax), below 0.05 of it.
     assert calibration.sharpest(made, ranking) == pytest.approx(sharpness, rel=0.25)
+
+
+@pytest.mark.parametrize("overstated", [1.0, 3.0])
+def test_estimates_of_recall_are_as_high_as_recall(overstated):
+    """Also where passages with answers are told with too much sharpness, which makes shares too high or too low."""
+    rng, made = np.random.default_rng(1), []
+    ranking = Ranking(1, (Head(1, 2),), 0.0)
+    for one in _recorded({}, 1500, 30):
+        likely = np.exp(ranking.ranks(one))
+        answer = np.arange(30) == rng.choice(30, p=likely / likely.sum())
+        made.append(dataclasses.replace(one, answers=answer[None]))
+    fit = calibration.recall_fit(made, ranking, overstated, 100)
+    method = GemFilter(filter_layer=1, heads=("1/2",), recall_fit=fit)
+    for keep in (50, 100, 200):
+        stated, kept = [], []
+        for one in made:
+            ranks = ranking.ranks(one)
+            evidence = np.exp(overstated * ranks)
+            held = calibration._kept(one, ranks, keep)
+            stated.append(method.recall_of(float(evidence[held].sum() / evidence.sum()), 30))
+            kept.append(bool(held[one.answers[0]].all()))
+        # Three standard errors of the share kept, 0.04, and the misfit of a straight line.
+        assert np.mean(stated) == pytest.approx(np.mean(kept), abs=0.06)
 
 
 def test_learning_is_deterministic():
@@ -141,6 +164,7 @@ def test_calibration_is_deterministic_and_its_preset_can_be_used(smollm2, tmp_pa
     assert preset.default.filter_layer == chosen
     assert preset.default.heads == tuple(map(str, judged[chosen].learned[-1].ranking.heads))
     assert all(head.layer <= chosen for head in preset.default.chosen_heads)
+    assert len(preset.default.recall_fit) == 3
     assert told[:3] == [("reading, train", 1, 6), ("reading, train", 2, 6), ("reading, train", 3, 6)]
     path = tmp_path / "preset.json"
     path.write_text(presets.write_preset(preset, smollm2.checkpoint.model.config))
@@ -149,6 +173,7 @@ def test_calibration_is_deterministic_and_its_preset_can_be_used(smollm2, tmp_pa
     example = next(HiddenFacts(count=1).examples(smollm2.checkpoint.tokenizer, 640))
     kept, _ = dataclasses.replace(smollm2, preset=read).select(example.text, example.question)
     assert kept.kept_tokens == 128
+    assert 0 < kept.recall_estimate < 1
     plots.recall(judged, str(tmp_path / "recall.png"))
     assert (tmp_path / "recall.png").read_bytes().startswith(b"\x89PNG")
 

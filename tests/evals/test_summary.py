@@ -39,6 +39,30 @@ def test_a_mean_of_rights_and_wrongs_has_wilsons_interval():
     assert str(made) == "0.31 (.26-.37)"
 
 
+def test_estimates_of_recall_stand_beside_what_was_kept():
+    """In tenths of their range; lines without an estimate, or of which nothing is known to be kept, do not count."""
+
+    def line(estimate: float | None, **scores: float) -> Line:
+        known = dict.fromkeys(("length", "depth", "prompt_tokens"), None)
+        told = dict.fromkeys(("method", "name", "digest", "group", "question", "answer"), "")
+        return Line(
+            **known,
+            **told,
+            number=0,
+            keep=1,
+            tokens=1,
+            expected=(),
+            scores=scores,
+            seconds={},
+            recall_estimate=estimate,
+        )
+
+    lines = [line(0.91, kept=1.0), line(1.0, kept=0.0), line(0.22, kept=0.5), line(None, kept=1.0), line(0.5)]
+    low, high = summary.reliability(lines)
+    assert (low.stated, low.measured.value, low.measured.count) == (0.22, 0.5, 1)
+    assert (high.stated, high.measured.value, high.measured.count) == (pytest.approx(0.955), 0.5, 2)
+
+
 def test_a_mean_of_other_scores_has_a_bootstrap_interval():
     """It is near the normal one, within what 9,999 resamples leave open: some thousandths."""
     values = np.linspace(0.2, 0.8, 200)

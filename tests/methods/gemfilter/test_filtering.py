@@ -221,6 +221,40 @@ def test_chunks_stay_whole_through_the_rounds(score_of_token):
     np.testing.assert_array_equal(np.unique(document // _CHUNK), np.sort(want))
 
 
+@pytest.mark.parametrize("length", [200, 1999])
+def test_recall_is_estimated_from_the_share_of_the_evidence(length):
+    """In one pass and in segments; of a method that has no fit there is no estimate, and all of a prompt holds all."""
+    prompt = _prompt(length)
+    (known,) = filtering.keep_tokens(tiny.decoder(), [prompt], _FUSED)
+    assert known.recall is None
+    share_itself = dataclasses.replace(_FUSED, recall_fit=(0.0, 1.0, 0.0))
+    estimates = [
+        filtering.keep_tokens(tiny.decoder(), [prompt], dataclasses.replace(share_itself, keep=keep))[0].recall
+        for keep in (40, 80, 160, 2000)
+    ]
+    assert 0 < estimates[0] < estimates[1] < estimates[2] < estimates[3] == 1
+    doubtful = dataclasses.replace(share_itself, keep=80, recall_fit=(-1.0, 1.0, 0.0))
+    assert filtering.keep_tokens(tiny.decoder(), [prompt], doubtful)[0].recall < estimates[1]
+
+
+@pytest.mark.parametrize("fit", [None, (0.0, 1.0, 0.0), (-0.4, 0.5, -0.1)])
+def test_the_share_for_a_recall_has_that_recall(fit):
+    method = dataclasses.replace(_FUSED, recall_fit=fit)
+    for recall in (0.1, 0.5, 0.9):
+        share = method.share_for(recall, 300)
+        assert (share if fit is None else method.recall_of(share, 300)) == pytest.approx(recall, rel=1e-6)
+
+
+@pytest.mark.parametrize("fit", [None, (0.0, 1.0, 0.0)])
+def test_a_higher_recall_keeps_more(fit):
+    def kept(**options) -> int:
+        method = dataclasses.replace(_FUSED, keep=180, least=20, recall_fit=fit, **options)
+        return len(_kept(tiny.decoder(), [_prompt(200)], method)[0])
+
+    sizes = [kept(recall=recall) for recall in (0.05, 0.5, 0.99)]
+    assert 20 <= sizes[0] < sizes[1] < sizes[2] <= kept() == 180
+
+
 class TestChunks:
     TEXT = "One two too. Three four five? Six alone here\n\nseven eight nine ten eleven."
     SENTENCES = (0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3)

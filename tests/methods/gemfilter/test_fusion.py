@@ -103,6 +103,23 @@ def test_the_share_is_that_of_the_probability(share, sharpness):
     assert best <= set(((kept[(kept >= 7) & (kept < 487)] - 7) // 8).tolist())
 
 
+@pytest.mark.parametrize("better", [0, 2])
+def test_passages_with_the_same_words_are_kept_once(better):
+    """The one that ranks higher, or the first; the other comes after all else."""
+    text = "The lamp is red today. A door is open there. THE LAMP is red, today. It rained all day."
+    ends = [text.index(". ", start) + 1 for start in (0, 24, 46)] + [len(text)]
+    offsets = [(0, 0), *zip([0, *ends[:-1]], ends, strict=True), (len(text), len(text))]
+    prompt = Prompt(text, np.arange(6, dtype=np.int32), np.array(offsets), 1, 1, "?")
+    scores = np.array([[0, 2, 1, 2, 1, 0]], np.float32)
+    scores[0, 1 + better] += 1
+    method = dataclasses.replace(_METHOD, heads=("2/0",), chunk=8, sentences=True, order="text")
+    kept = [
+        fusion.kept([scores], [prompt], [np.arange(6)], dataclasses.replace(method, keep=keep))[0].rows.tolist()
+        for keep in (3, 5)
+    ]
+    assert kept == [[0, 1 + better, 5], sorted({0, 1 + better, 2, 4, 5})]
+
+
 def test_the_template_gives_way_where_it_is_not_required():
     prompt, scores = _document(6)
     method = dataclasses.replace(_METHOD, heads=("2/0",), keep=40, keep_required=False, order="text")
