@@ -126,7 +126,7 @@ class Pipeline:
         Args:
           rule: one of `methods.VARIANTS`: "default", "paper", "full", "streaming_llm" and so on.
           options: such as `filter_layer`, or `keep`: the number of tokens to keep, or under the default rule "auto", as
-            many as hold a share of the score, up to the preset's number.
+            many as probably hold the answer (`recall`), up to the preset's number.
 
         Raises:
           UserError: there is no such method, or it has no such option.

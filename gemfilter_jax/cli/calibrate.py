@@ -7,7 +7,7 @@ Facts are hidden in texts and asked for, half of them in words that the facts do
 head of the first layers is recorded; --questions adds questions about documents. Weights of the heads are learned on
 some texts and questions and measured on others. The table shows, for each layer, the share of answers that is kept, and
 balanced, which layers are compared by: the mean over the kinds of questions, the worst counted twice. The preset takes
-the earliest layer that is about as good as the best.
+the earliest layer that is about as good as the best; its estimate of recall is fitted to the held-out questions.
 """
 
 import pathlib
@@ -50,7 +50,11 @@ flags.DEFINE_string(
     flag_values=FLAGS,
 )
 flags.DEFINE_integer(
-    "tokens", 4096, "Length of the texts that recall is measured on.", lower_bound=512, flag_values=FLAGS
+    "tokens",
+    4096,
+    "Length of the texts that recall is measured on; one in six is four times as long.",
+    lower_bound=512,
+    flag_values=FLAGS,
 )
 flags.DEFINE_integer("train", 24, "Questions of each built-in kind for learning.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer("held_out", 24, "Questions of each built-in kind for measuring.", lower_bound=1, flag_values=FLAGS)

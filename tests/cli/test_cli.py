@@ -54,8 +54,15 @@ def test_generate_json_agrees_with_the_library(smollm2, book, generated):
     assert set(fields["timings"]) == {"tokenize", "filter", "prefill", "decode", "compile"}
     kept = "".join(text[start:end] for start, end in fields["spans"])
     assert "The password of the old lighthouse is marigold." in kept
+    estimate = result.selection.recall_estimate
+    assert fields["recall_estimate"] == pytest.approx(
+        estimate, abs=0.01
+    )  # programs of two processes may differ in bits
+    assert 0.5 < estimate < 1
     layer = smollm2.preset.default.filter_layer
-    assert re.search(rf"read \d+ tokens, kept 200 \(ratio 0\.\d{{4}}\), layer {layer} of 30 picked", stderr)
+    told = rf"read \d+ tokens, kept 200 \(ratio 0\.\d{{4}}\), layer {layer} of 30 picked, recall about 0\.\d\d$"
+    assert re.search(told, stderr, re.MULTILINE)
+    assert "warning" not in stderr
     assert re.search(r"filter \d+\.\d\d s", stderr)
 
 
@@ -170,7 +177,9 @@ def test_convert_writes_a_model_that_every_command_takes(tmp_path):
     prompt.write_text(text, encoding="utf-8")
     shared = ("select", f"--prompt_file={prompt}", "--keep=40", "--filter_layer=1", "--format=json")
     fields = json.loads(gemfilter(*shared, f"--model={folder}").stdout)
-    assert set(fields) == {"prompt_tokens", "kept_tokens", "indices", "spans", "passages", "text", "timings"}
+    assert set(fields) == {
+        "prompt_tokens", "kept_tokens", "indices", "spans", "recall_estimate", "passages", "text", "timings"
+    }  # fmt: skip
     assert fields["passages"] == [text[start:end] for start, end in fields["spans"]]
     assert fields["text"] == "\n".join(fields["passages"])
     assert fields["kept_tokens"] == len(fields["indices"]) == 40

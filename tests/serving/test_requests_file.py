@@ -95,6 +95,7 @@ def test_a_line_is_what_the_library_answers(model, finished):
             "kept_tokens": 48,
             "indices": list(alone.selection.indices),
             "spans": [list(span) for span in alone.selection.spans],
+            "recall_estimate": alone.selection.recall_estimate,
             "text": alone.text,
             "stop_reason": alone.stop_reason,
         }

@@ -26,7 +26,7 @@ FilterAttention = Literal["auto", "dense", "tri_shape"]
 FilterPrecision = Literal["float", "int8"]
 
 AUTO = "auto"
-"""The budget that keeps enough tokens to hold a share of the score, up to the preset's `keep`."""
+"""The budget of as many tokens as probably hold the answer, up to the preset's `keep`; see `recall` and `share`."""
 
 AUTO_RECALL = 0.9
 """The probability that the answer is in what is kept, where passages are ranked as wholes, under that budget."""
