@@ -132,7 +132,8 @@ class GemFilter(Method):
         `recall_fit`, are right for its own heads and weight of words.
       pooling, pool_size: neighbours pooled before ranking, without `heads` and `lexical`.
       chunk: P, at most so many tokens are ranked and kept together.
-      sentences: chunks are whole sentences, of which those beyond P tokens are cut evenly; else P tokens each.
+      sentences: chunks are sentences and other passages, see `chunking.passage_ends`; those beyond P tokens are cut
+        evenly. Else P tokens each.
       keep_required: always keep the template, the question and the assistant header.
       filter_attention: of the layers before r: "dense" as published, "tri_shape" (each row sees `first_tokens`, a
         `band` of keys before it, and the last rows see everything), which is linear in S, or "auto", tri_shape for
@@ -171,7 +172,7 @@ class GemFilter(Method):
     pooling: Pooling = option("max", "Pooling of the scores of neighbours.")
     pool_size: int = option(9, "Neighbours that are pooled.", at_least=1)
     chunk: int = option(64, "Tokens that are kept together, at most.", at_least=1)
-    sentences: bool = option(True, "Keep whole sentences together.")
+    sentences: bool = option(True, "Keep whole sentences, list items, rows and the like together.")
     keep_required: bool = option(True, "Always keep the template and the question.", stored=False)
     filter_attention: FilterAttention = option(
         "auto",
