@@ -35,7 +35,7 @@ class KeptText:
       indices: indices of the kept tokens, increasing.
       spans: (start, end) character offsets into `prompt` of the kept passages, in order.
       recall_estimate: estimated probability that the kept passages hold the answer, if the text does; None where the
-        method, or the model's preset, has no estimate.
+        method, or the model's preset, has no estimate, or all is kept.
     """
 
     prompt: str
@@ -410,8 +410,7 @@ def _check_selects(method: Method) -> None:
 
 def _still_held(kept: Kept, positions: np.ndarray) -> Kept:
     """The kept tokens that at least one layer and key head still holds, from one row's positions [L, G, C]."""
-    held = np.unique(positions[positions >= 0])
-    return kept if len(held) == len(kept.indices) else Kept(kept.indices[held])
+    return Kept(kept.indices[np.unique(positions[positions >= 0])])
 
 
 def _kept_text(prompt: Prompt, kept: Kept) -> KeptText:

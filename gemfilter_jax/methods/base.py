@@ -44,7 +44,8 @@ class Kept:
 
     Attributes:
       indices: int, the kept tokens in the order in which the model reads them.
-      recall: estimated probability that they hold the answer, if the document does; None if there is no estimate.
+      recall: estimated probability that they hold the answer, if the document does; None if there is no estimate, or
+        nothing to estimate, since all is kept.
     """
 
     indices: "np.ndarray"
@@ -52,10 +53,10 @@ class Kept:
 
     @classmethod
     def everything(cls, prompt: "Prompt") -> Self:
-        """All of a prompt, in which the answer is, if it is anywhere."""
+        """All of a prompt."""
         import numpy as np
 
-        return cls(np.arange(len(prompt)), 1.0)
+        return cls(np.arange(len(prompt)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Passages: the chunks of a prompt, and which of them are kept by their scores."""
 
 import dataclasses
-import re
 from collections.abc import Sequence
 
 import jax
@@ -13,7 +12,6 @@ from gemfilter_jax.methods import selection
 from gemfilter_jax.methods.base import Method, Order, Pooling
 from gemfilter_jax.text.prompt import Prompt
 
-_WORD = re.compile(r"\w+")
 _select = jax.jit(selection.select, static_argnames=("capacity", "pooling", "pool_size"))
 
 
@@ -78,13 +76,13 @@ class Listed:
         return np.diff(self.first, append=len(self.tokens))
 
     def repeated(self, ranks: np.ndarray) -> np.ndarray:
-        """bool [P], passages with the very words of another that ranks higher or, at the same rank, comes first."""
-        seen: set[tuple[str, ...]] = set()
+        """bool [P], passages with the text of one that ranks higher or, else, comes first; case and spaces aside."""
+        seen = {""}
         repeated = np.zeros(len(ranks), bool)
         for index in np.argsort(-ranks, kind="stable"):
-            words = tuple(_WORD.findall(self.texts[index].lower()))
-            repeated[index] = words in seen
-            seen.update([words] if words else [])
+            text = " ".join(self.texts[index].lower().split())
+            repeated[index] = text in seen and text != ""
+            seen.add(text)
         return repeated
 
     def for_each_token(self, of_passages: np.ndarray, count: int, *, others: float = 0.0) -> np.ndarray:

@@ -60,7 +60,7 @@ def closing_lines(kept: "KeptText", layers: str, timings: Mapping[str, float]) -
     share = kept.kept_tokens / kept.prompt_tokens
     lines = [f"read {kept.prompt_tokens:,} tokens, kept {kept.kept_tokens:,} (ratio {share:.4f}), {layers}"]
     recall = kept.recall_estimate
-    if recall is not None and kept.kept_tokens < kept.prompt_tokens:
+    if recall is not None:
         lines[0] += f", recall about {recall:.2f}"
     lines.append(", ".join(f"{stage} {value:.2f} s" for stage, value in timings.items()))
     if recall is not None and recall < _UNSURE:

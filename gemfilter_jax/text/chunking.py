@@ -20,7 +20,7 @@ _CODE = 240  # characters, about, of a piece of code
 
 _LINE = re.compile(r"[^\n]*\n|[^\n]+")
 _WORD = re.compile(r"[぀-ヿ㐀-鿿]|[^\W_぀-ヿ㐀-鿿]+")  # a kana or a Han character is a word
-_SENTENCE_END = re.compile(r"""[.!?…]["'”’»)\]]*(?=\s)|[。！？]["”’」』）]*""")
+_SENTENCE_END = re.compile(r"""[.!?…]["'”’»)\]]*(?=\s)|[。！？।؟۔]["”’」』）]*""")
 _NO_END = re.compile(
     r"""(?:^|[\s("'“‘\[])(?:(?:[^\W\d_]\.)*[^\W\d_]|al|approx|apr|aug|ca|capt|cf|ch|dec|dept|dr|eds?|eq|etc|feb|figs?|gen"""
     r"""|gov|inc|jan|jr|jul|jun|lt|ltd|mr|mrs|ms|mt|nos?|nov|oct|pp?|para|prof|rev|sect?|sen|sept?|sgt|sr|st|vols?|vs)\.$"""

@@ -351,7 +351,7 @@ def test_a_value_that_is_none_of_an_option_is_refused(fields, words):
         ({"head_weights": (1e300, 0, 0, 0)}, "4 head weights .* float32 holds for each of 4 query heads"),
         ({"head_weights": (1e-60,) * 4}, "4 head weights .* not all 0"),
         ({"head_weights": (0.0,) * 4}, "4 head weights .* not all 0"),
-        ({"share": 0.5, "normalisation": "none"}, "share is 0.5, which needs attention alone and a normalisation"),
+        ({"share": 0.5, "normalisation": "none", "lexical": 0.0}, "share is 0.5, which needs attention alone"),
     ],
     ids=str,
 )

@@ -10,7 +10,7 @@ import tiny
 from gemfilter_jax.config import ModelConfig
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.methods import presets
-from gemfilter_jax.methods.gemfilter.method import AUTO_RECALL, GemFilter
+from gemfilter_jax.methods.gemfilter.method import AUTO_RECALL, SHARE_OF_ATTENTION, GemFilter
 from gemfilter_jax.methods.presets import Preset, preset_for, read_preset, write_preset
 
 _MODEL = {"layers": 4, "width": 32, "heads": 4, "kv_heads": 2, "vocab": 128}
@@ -119,6 +119,38 @@ def test_a_file(tmp_path):
     assert preset.method("paper") == GemFilter.paper(filter_layer=3, keep=96)
     with pytest.raises(UserError, match="keep=auto"):
         preset.method("paper", presets.AUTO)
+
+
+def test_a_share_that_was_written_for_ranked_passages_is_a_recall(tmp_path):
+    path = tmp_path / "preset.json"
+    path.write_text(json.dumps(FIELDS | {"default": FIELDS["default"] | {"lexical": 0.7, "share": 0.9}}))
+    default = read_preset(path, tiny.CONFIG).default
+    assert (default.share, default.recall) == (None, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("of_preset", "given", "share", "recall"),
+    [
+        ({"share": 0.4}, {"lexical": 0.7}, None, AUTO_RECALL),
+        ({}, {"lexical": 0.7, "keep": presets.AUTO}, None, AUTO_RECALL),
+        ({"lexical": 0.7, "recall": 0.8}, {"lexical": 0.0}, SHARE_OF_ATTENTION, None),
+        ({"lexical": 0.7, "recall": 0.8}, {"lexical": 0.0, "share": 0.5}, 0.5, None),
+        ({"lexical": 0.7, "recall": 0.8}, {"recall": 0.6}, None, 0.6),
+    ],
+)
+def test_what_decides_how_much_is_kept_fits_how_passages_are_ranked(of_preset, given, share, recall):
+    preset = Preset("tiny", dataclasses.replace(_OWN, **of_preset), 3, source="test")
+    method = GemFilter.of("default", preset, **given)
+    method.check(tiny.decoder())
+    assert (method.share, method.recall) == (share, recall)
+
+
+def test_an_estimate_is_of_what_it_was_fitted_to():
+    fit = (0.0, 1.0, 0.0)
+    preset = Preset("tiny", dataclasses.replace(_OWN, lexical=0.7, recall_fit=fit), 3, source="test")
+    assert GemFilter.of("default", preset, lexical=0.7, keep=50).recall_fit == fit
+    for given in ({"lexical": 0.3}, {"chunk": 32}, {"heads": ("0/1",), "head_weights": None}):
+        assert GemFilter.of("default", preset, **given).recall_fit is None
 
 
 def test_what_is_written_is_read_back(tmp_path):

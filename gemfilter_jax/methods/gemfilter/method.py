@@ -35,7 +35,9 @@ SHARE_OF_ATTENTION = 0.3
 """The share of the attention that is kept under that budget otherwise."""
 
 _FORMER_NAMES = {"window": "observation_window", "kernel": "pool_size"}
+_FITTED = ("lexical", "sharpness", "chunk", "sentences", "normalisation")  # what a `recall_fit` holds for
 _LEAST_ODDS = 1e-4  # scores are float32, and no estimate is surer
+_MOST = 700.0  # whose exponential is a finite float
 _HEAD = re.compile(r"(\d{1,9})/(\d{1,9})(?::(\d*\.?\d+))?", re.ASCII)
 
 _Class = TypeVar("_Class", bound=type)
@@ -73,7 +75,7 @@ def log_odds(probability: float) -> float:
 
 
 def _logistic(log_odds: float) -> float:
-    return 1 / (1 + math.exp(-log_odds))
+    return 1 / (1 + math.exp(min(-log_odds, _MOST)))
 
 
 def _lenient(owner: _Class) -> _Class:
@@ -217,12 +219,16 @@ class GemFilter(Method):
             raise UserError(f"lexical is {own['lexical']}; under the paper's rule words do not count")
         method = preset.method(variant, own.pop("keep", None), own.pop("filter_layer", None))
         if own.keys() & {"heads", "head_weights"}:
-            method = dataclasses.replace(method, heads=None, head_weights=None)
-        if own.keys() & {"heads", "head_weights", "lexical"}:
+            method = dataclasses.replace(
+                method, heads=None, head_weights=None, sharpness=cls.sharpness, recall_fit=None
+            )
+        if any(name in own and own[name] != getattr(method, name) for name in _FITTED):
             method = dataclasses.replace(method, recall_fit=None)
         made = cls(**dataclasses.asdict(method) | own)
-        if made.recall is not None and not made.ranks_passages and "recall" not in own:
-            return dataclasses.replace(made, recall=None, share=SHARE_OF_ATTENTION)
+        if made.ranks_passages and made.share is not None and "share" not in own:
+            return dataclasses.replace(made, share=None, recall=made.recall or AUTO_RECALL)
+        if not made.ranks_passages and made.recall is not None and "recall" not in own:
+            return dataclasses.replace(made, recall=None, share=made.share or SHARE_OF_ATTENTION)
         return made
 
     @classmethod
@@ -235,6 +241,8 @@ class GemFilter(Method):
         if "filter_layer" not in fields:
             raise UserError(f"{source}: field 'filter_layer' is missing")
         method = cls(**settings.from_json(cls, fields, source))
+        if method.ranks_passages and method.share is not None and method.recall is None:  # written before there was one
+            method = dataclasses.replace(method, share=None, recall=method.share)
         if method.filter_layer >= config.layers:
             raise UserError(
                 f"{source}: field 'filter_layer' is {method.filter_layer}; the model has layers 0 to "
@@ -326,7 +334,7 @@ class GemFilter(Method):
         return _logistic(intercept + of_share * log_odds(share) + of_passages * math.log(max(passages, 1)))
 
     def share_for(self, recall: float, passages: int) -> float:
-        """The share that has this `recall_of`; where that is not known, the recall itself."""
+        """The share that has this `recall_of`; where that is not known, about the recall itself."""
         intercept, of_share, of_passages = self.recall_fit or (0.0, 1.0, 0.0)
         return _logistic((log_odds(recall) - intercept - of_passages * math.log(max(passages, 1))) / of_share)
 

@@ -223,7 +223,7 @@ def test_chunks_stay_whole_through_the_rounds(score_of_token):
 
 @pytest.mark.parametrize("length", [200, 1999])
 def test_recall_is_estimated_from_the_share_of_the_evidence(length):
-    """In one pass and in segments; of a method that has no fit there is no estimate, and all of a prompt holds all."""
+    """In one pass and in segments; without a fit, or where all is kept, there is none."""
     prompt = _prompt(length)
     (known,) = filtering.keep_tokens(tiny.decoder(), [prompt], _FUSED)
     assert known.recall is None
@@ -232,7 +232,8 @@ def test_recall_is_estimated_from_the_share_of_the_evidence(length):
         filtering.keep_tokens(tiny.decoder(), [prompt], dataclasses.replace(share_itself, keep=keep))[0].recall
         for keep in (40, 80, 160, 2000)
     ]
-    assert 0 < estimates[0] < estimates[1] < estimates[2] < estimates[3] == 1
+    assert 0 < estimates[0] < estimates[1] < estimates[2] < 1
+    assert estimates[3] is None
     doubtful = dataclasses.replace(share_itself, keep=80, recall_fit=(-1.0, 1.0, 0.0))
     assert filtering.keep_tokens(tiny.decoder(), [prompt], doubtful)[0].recall < estimates[1]
 
@@ -243,6 +244,14 @@ def test_the_share_for_a_recall_has_that_recall(fit):
     for recall in (0.1, 0.5, 0.9):
         share = method.share_for(recall, 300)
         assert (share if fit is None else method.recall_of(share, 300)) == pytest.approx(recall, rel=1e-6)
+
+
+@pytest.mark.parametrize("fit", [(-1e9, 1e-9, -1e9), (1e9, 1e-9, 1e9)])
+def test_the_wildest_fit_gives_probabilities(fit):
+    method = dataclasses.replace(_FUSED, recall_fit=fit)
+    for share in (0.0, 0.5, 1.0):
+        assert 0 <= method.recall_of(share, 300) <= 1
+        assert 0 <= method.share_for(share, 300) <= 1
 
 
 @pytest.mark.parametrize("fit", [None, (0.0, 1.0, 0.0)])

@@ -104,9 +104,9 @@ def test_the_share_is_that_of_the_probability(share, sharpness):
 
 
 @pytest.mark.parametrize("better", [0, 2])
-def test_passages_with_the_same_words_are_kept_once(better):
+def test_passages_with_the_same_text_are_kept_once(better):
     """The one that ranks higher, or the first; the other comes after all else."""
-    text = "The lamp is red today. A door is open there. THE LAMP is red, today. It rained all day."
+    text = "The lamp is red today. A door is open there. THE LAMP  is red today. It rained all day."
     ends = [text.index(". ", start) + 1 for start in (0, 24, 46)] + [len(text)]
     offsets = [(0, 0), *zip([0, *ends[:-1]], ends, strict=True), (len(text), len(text))]
     prompt = Prompt(text, np.arange(6, dtype=np.int32), np.array(offsets), 1, 1, "?")
