@@ -417,7 +417,7 @@ def contestants(values: flags.FlagValues, model: "Pipeline") -> "list[Contestant
             method = methods.make(name, model.preset, **_given(values) | _budget(keep))
             method.check(model.checkpoint.model)
             one = Contestant(name, method.keep_shown, method)
-            if one.label in made:
+            if made.get(one.label, one).method != method:
                 raise UserError(f"--keep={values.keep}: with --recall the budgets of {name} are all auto; give one")
             made[one.label] = one
     return list(made.values())
