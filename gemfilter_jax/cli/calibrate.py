@@ -3,11 +3,12 @@
   gemfilter calibrate --model=smollm2 --output=preset.json --plot=recall.png
   gemfilter generate --preset=preset.json --prompt_file=book.txt --question="Who is the narrator?"
 
-Facts are hidden in texts and asked for, half of them in words that the facts do not share, and the attention of every
-head of the first layers is recorded; --questions adds questions about documents. Weights of the heads are learned on
-some texts and questions and measured on others. The table shows, for each layer, the share of answers that is kept, and
-balanced, which layers are compared by: the mean over the kinds of questions, the worst counted twice. The preset takes
-the earliest layer that is about as good as the best; its estimate of recall is fitted to the held-out questions.
+Facts are hidden in texts and asked for, half of them in words that the facts do not share, questions are asked about
+documents of eight kinds, and the attention of every head of the first layers is recorded; --questions adds documents of
+your own. Weights of the heads are learned on some texts and questions and measured on others. The table shows, for each
+layer, the share of answers that is kept, and balanced, which layers are compared by: the mean over the kinds of
+questions, the worst counted twice. The preset takes the earliest layer that is about as good as the best; its estimate
+of recall is fitted to the held-out questions.
 """
 
 import pathlib
@@ -21,7 +22,8 @@ from gemfilter_jax.evals import haystack
 
 if TYPE_CHECKING:
     from gemfilter_jax.config import ModelConfig
-    from gemfilter_jax.evals.calibration import LayerRecall, Recall
+    from gemfilter_jax.evals.calibration.calibrate import LayerRecall
+    from gemfilter_jax.evals.calibration.learning import Recall
     from gemfilter_jax.methods.presets import Preset
 
 FLAGS = flags.FlagValues()
@@ -56,8 +58,8 @@ flags.DEFINE_integer(
     lower_bound=512,
     flag_values=FLAGS,
 )
-flags.DEFINE_integer("train", 24, "Questions of each built-in kind for learning.", lower_bound=1, flag_values=FLAGS)
-flags.DEFINE_integer("held_out", 24, "Questions of each built-in kind for measuring.", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer("train", 18, "Questions of each built-in kind for learning.", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer("held_out", 18, "Questions of each built-in kind for measuring.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer(
     "distractors", 2, "Facts in each text that look like the asked one.", lower_bound=0, flag_values=FLAGS
 )
@@ -75,9 +77,7 @@ def main(_: list[str]) -> None:
     options.check_plots(FLAGS, "plot")
     paragraphs = haystack.read_folder(pathlib.Path(FLAGS.texts)) if FLAGS.texts is not None else None
 
-    from rich.console import Console
-
-    from gemfilter_jax.evals import calibration
+    from gemfilter_jax.evals.calibration import calibrate
     from gemfilter_jax.methods import presets
     from gemfilter_jax.reporting import plots, terminal
 
@@ -86,7 +86,7 @@ def main(_: list[str]) -> None:
 
     model = options.load_pipeline(FLAGS, layers=candidates)
     config = model.checkpoint.model.config
-    plan = calibration.Plan(
+    plan = calibrate.Plan(
         keep=FLAGS.keep,
         target=FLAGS.target,
         layers=model.checkpoint.model.held_layers,
@@ -100,10 +100,10 @@ def main(_: list[str]) -> None:
         questions=FLAGS.questions,
     )
     with terminal.stages_progress(options.console()) as progress:
-        judged, preset = calibration.calibrate(model, plan, paragraphs=paragraphs, progress=progress)
+        judged, preset = calibrate.calibrate(model, plan, paragraphs=paragraphs, progress=progress)
     total = judged[0].learned[0].counts[1]
     title = f"Share of {total} answers kept, 95 % interval; {model.checkpoint.name}, {FLAGS.tokens:,} tokens"
-    Console().print(terminal.table(title, _columns(judged), [_cells(one) for one in judged]))
+    terminal.print_table(terminal.table(title, _columns(judged), [_cells(one) for one in judged]))
     print(preset.source)
     if FLAGS.output:
         files.write_whole(FLAGS.output, presets.write_preset(preset, config))
@@ -125,10 +125,10 @@ def _columns(judged: "list[LayerRecall]") -> list[str]:
 def _cells(one: "LayerRecall") -> list[str]:
     def cell(recall: "Recall") -> str:
         (kept, asked), (low, high) = recall.counts, recall.interval
-        return f"{kept / asked:.2f} ({low:.2f}-{high:.2f})"
+        return f"{kept / asked:.0%} ({100 * low:.0f}-{100 * high:.0f})"
 
     named = " ".join(map(str, one.learned[-1].ranking.heads))
-    balanced = f"{one.learned[-1].balanced:.2f}"
+    balanced = f"{one.learned[-1].balanced:.0%}"
     return [f"{one.layer}  {named}", *map(cell, one.learned), balanced, cell(one.alike[-1]), cell(one.attention[-1])]
 
 

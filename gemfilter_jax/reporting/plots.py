@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from gemfilter_jax.evals.bench import Row
-    from gemfilter_jax.evals.calibration import LayerRecall
+    from gemfilter_jax.evals.calibration.calibrate import LayerRecall
     from gemfilter_jax.evals.result_file import ResultFile
     from gemfilter_jax.evals.summary import Tenth
 

@@ -16,19 +16,22 @@ _FEW_WORDS, _FEW_LETTERS = 3, 12  # a piece of fewer words and fewer letters doe
 _HEADING_WORDS = 14  # a heading has no more
 _LEADING = 200  # characters, about, of headings and small pieces that are put before another piece
 _NARROWEST, _WIDEST = 40, 120  # characters of a line, where prose is wrapped
+_NARROWEST_HAN = 20  # where words are not parted by spaces
 _CODE = 240  # characters, about, of a piece of code
 
 _LINE = re.compile(r"[^\n]*\n|[^\n]+")
-_WORD = re.compile(r"[぀-ヿ㐀-鿿]|[^\W_぀-ヿ㐀-鿿]+")  # a kana or a Han character is a word
+_HAN = re.compile(r"[぀-ヿ㐀-鿿]")  # or kana
+_WORD = re.compile(rf"{_HAN.pattern}|[^\W_぀-ヿ㐀-鿿]+")
 _SENTENCE_END = re.compile(r"""[.!?…]["'”’»)\]]*(?=\s)|[。！？।؟۔]["”’」』）]*""")
 _NO_END = re.compile(
     r"""(?:^|[\s("'“‘\[])(?:(?:[^\W\d_]\.)*[^\W\d_]|al|approx|apr|aug|ca|capt|cf|ch|dec|dept|dr|eds?|eq|etc|feb|figs?|gen"""
-    r"""|gov|inc|jan|jr|jul|jun|lt|ltd|mr|mrs|ms|mt|nos?|nov|oct|pp?|para|prof|rev|sect?|sen|sept?|sgt|sr|st|vols?|vs)\.$"""
+    r"""|gov|inc|jan|jr|jul|jun|lt|ltd|mr|mrs|ms|mt|nov|oct|pp?|para|prof|rev|sect?|sen|sept?|sgt|sr|st|vols?|vs)\.$"""
     r"""|(?:^|[:;,.]\s|\b(?:and|or)\s)\s*\(?\d{1,3}(?:\.\d{1,3}){0,3}\.$""",
     re.IGNORECASE,
 )
 """What ends with a full stop and is no end of a sentence: initials, abbreviations, numbers of headings and items."""
 
+_NUMBER_FOLLOWS = re.compile(r"\bnos?\.$", re.IGNORECASE)  # no end of a sentence if a digit does
 _NEXT = re.compile(r"""\s*["'“‘(\[]*(\w)""")
 _REACH = 16  # characters before a full stop that `_NO_END` looks at
 _ITEM = re.compile(
@@ -138,15 +141,16 @@ def _ends_something(block: _Block) -> Callable[[int], bool]:
     width = max(map(len, lines))
     small = sum(map(_begins_small, lines))
     rows = len(lines) > 3 and (4 * small < len(lines) or _is_table(lines))
-    wraps = _NARROWEST <= width <= _WIDEST and not rows
 
     def ends(index: int) -> bool:
-        before, line = lines[index - 1], lines[index]
+        before, line = lines[index - 1], lines[index].lstrip()
         if rows or width > _WIDEST or _ITEM.match(line):
             return True
-        next_word = line.split(maxsplit=1)[0]
-        forced = wraps and len(before) + 1 + len(next_word) > width
-        return not (forced or _begins_small(line))
+        if _HAN.match(line):
+            wrapped = width >= _NARROWEST_HAN and len(before) + 2 > width  # a comma is not put at a line's beginning
+        else:
+            wrapped = width >= _NARROWEST and len(before) + 1 + len(line.split(maxsplit=1)[0]) > width
+        return not (wrapped or line[0].islower())
 
     return ends
 
@@ -169,9 +173,12 @@ def _sentences(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
         if match.end() == last:
             break
         following = _NEXT.match(text, match.end(), end)
-        continues = following is not None and following[1].islower()
         near = text[max(start, match.start() + 1 - _REACH) : match.start() + 1]
-        if continues or (match[0][0] == "." and _NO_END.search(near)):
+        if following is not None and (
+            following[1].islower() or (following[1].isdigit() and _NUMBER_FOLLOWS.search(near))
+        ):
+            continue
+        if match[0][0] == "." and _NO_END.search(near):
             continue
         yield start, match.end()
         start = match.end()

@@ -115,7 +115,7 @@ def test_split_over_devices(saved, original, tmp_path, source):
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(pathlib.Path(__file__).parents[1]),
+        "PYTHONPATH": os.pathsep.join([str(pathlib.Path(__file__).parents[1]), *sys.path]),
     }
     expected = GOLDEN / VARIANT / "expected.npz"
     subprocess.run(

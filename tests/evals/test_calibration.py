@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 
 from gemfilter_jax.errors import UserError
-from gemfilter_jax.evals import calibration
-from gemfilter_jax.evals.calibration import Plan, Ranking, Recorded
+from gemfilter_jax.evals.calibration import calibrate, learning, recording
+from gemfilter_jax.evals.calibration.calibrate import Plan
+from gemfilter_jax.evals.calibration.learning import Ranking
+from gemfilter_jax.evals.calibration.recording import Recorded
 from gemfilter_jax.evals.tasks.hidden_facts import HiddenFacts
+from gemfilter_jax.evals.tasks.real_questions import RealQuestions
 from gemfilter_jax.methods import presets
 from gemfilter_jax.methods.gemfilter.method import GemFilter, Head
 from gemfilter_jax.reporting import plots
@@ -42,24 +45,24 @@ def _places(heads: tuple[Head, ...], at_least: float = 0.0) -> set[tuple[int, in
 
 
 def test_the_head_that_finds_is_learned():
-    heads = calibration.learn(_recorded({(1, 2): 300.0}), 3, words=0.7)
+    heads = learning.learn(_recorded({(1, 2): 300.0}), 3, 0.7, 0.2)
     assert _places(heads, 0.5) == {(1, 2)}
     assert max(one.weight for one in heads) == 1.0
-    heads = calibration.learn(_recorded({(1, 2): 300.0}), 1, words=0.7)
+    heads = learning.learn(_recorded({(1, 2): 300.0}), 1, 0.7, 0.2)
     assert _places(heads) <= {(0, head) for head in range(_HEADS)}
 
 
 def test_heads_of_several_layers_are_learned_together():
     """Each head finds the facts of its own half of the documents; only both together find all."""
     half = _recorded({(0, 3): 300.0}, 40), _recorded({(2, 1): 300.0}, 40)
-    heads = calibration.learn(half[0][:20] + half[1][20:], 3, words=0.7)
+    heads = learning.learn(half[0][:20] + half[1][20:], 3, 0.7, 0.2)
     assert _places(heads, 0.3) == {(0, 3), (2, 1)}
 
 
 def test_every_kind_of_question_has_the_same_weight():
     """Three questions of one kind count as much as thirty of another: both kinds' heads are learned."""
     few, many = _recorded({(0, 3): 300.0}, 3, kind="few"), _recorded({(2, 1): 300.0}, 30, kind="many")
-    heads = calibration.learn([*few, *many], 3, words=0.7)
+    heads = learning.learn([*few, *many], 3, 0.7, 0.2)
     assert _places(heads, 0.3) == {(0, 3), (2, 1)}
 
 
@@ -67,32 +70,32 @@ def test_every_kind_of_question_has_the_same_weight():
 def test_the_sharpness_is_the_one_that_ranks_were_drawn_with(sharpness):
     """Of 2,000 documents whose answers were drawn from softmax(sharpness * rank)."""
     rng, made = np.random.default_rng(0), []
-    ranking = Ranking(1, (Head(1, 2),), 0.0)
+    ranking = Ranking(1, (Head(1, 2),), 0.0, 0.0)
     for one in _recorded({}, 2000, 10):
         likely = np.exp(sharpness * ranking.ranks(one))
         answer = np.arange(10) == rng.choice(10, p=likely / likely.sum())
         made.append(dataclasses.replace(one, answers=answer[None]))
     # The standard error of the estimate is 1 / sqrt(2000 * variance of the ranks under the softmax), below 0.05 of it.
-    assert calibration.sharpest(made, ranking) == pytest.approx(sharpness, rel=0.25)
+    assert learning.sharpest(made, ranking) == pytest.approx(sharpness, rel=0.25)
 
 
 @pytest.mark.parametrize("overstated", [1.0, 3.0])
 def test_estimates_of_recall_are_as_high_as_recall(overstated):
     """Also where passages with answers are told with too much sharpness, which makes shares too high or too low."""
     rng, made = np.random.default_rng(1), []
-    ranking = Ranking(1, (Head(1, 2),), 0.0)
+    ranking = Ranking(1, (Head(1, 2),), 0.0, 0.0)
     for one in _recorded({}, 1500, 30):
         likely = np.exp(ranking.ranks(one))
         answer = np.arange(30) == rng.choice(30, p=likely / likely.sum())
         made.append(dataclasses.replace(one, answers=answer[None]))
-    fit = calibration.recall_fit(made, ranking, overstated, 100)
+    fit = learning.recall_fit(made, ranking, overstated, 100)
     method = GemFilter(filter_layer=1, heads=("1/2",), recall_fit=fit)
     for keep in (50, 100, 200):
         stated, kept = [], []
         for one in made:
             ranks = ranking.ranks(one)
             evidence = np.exp(overstated * ranks)
-            held = calibration._kept(one, ranks, keep)
+            held = one.kept(ranks, keep)
             stated.append(method.recall_of(float(evidence[held].sum() / evidence.sum()), 30))
             kept.append(bool(held[one.answers[0]].all()))
         # Three standard errors of the share kept, 0.04, and the misfit of a straight line.
@@ -101,7 +104,7 @@ def test_estimates_of_recall_are_as_high_as_recall(overstated):
 
 def test_learning_is_deterministic():
     recorded = _recorded({(1, 2): 5.0})
-    assert calibration.learn(recorded, 3, 0.7) == calibration.learn(recorded, 3, 0.7)
+    assert learning.learn(recorded, 3, 0.7, 0.2) == learning.learn(recorded, 3, 0.7, 0.2)
 
 
 def test_recall_counts_whole_passages_within_the_budget():
@@ -111,15 +114,15 @@ def test_recall_counts_whole_passages_within_the_budget():
     sizes = np.array([5, 6, 7, 8])
     one = Recorded("facts", scores, np.zeros(4), sizes, answers, either=False, required=10)
     either = dataclasses.replace(one, kind="real", either=True, answers=answers[::-1])
-    ranking = Ranking(0, (Head(0, 1),), 0.7)
+    ranking = Ranking(0, (Head(0, 1),), 0.7, 0.0)
     for keep, kept in ((20, 0), (21, 1), (27, 1), (28, 2)):  # 10 required, then passages of 5, 6 and 7
-        measured = calibration.recall([one, either, either], ranking, keep)
+        measured = learning.recall([one, either, either], ranking, keep)
         assert measured.kept == {"facts": (kept, 2), "real": (2 * min(kept, 1), 2)}
         assert measured.counts == (kept + 2 * min(kept, 1), 4)
     assert measured.balanced == 1.0
-    partly = calibration.recall([one, either, either], ranking, 21)
+    partly = learning.recall([one, either, either], ranking, 21)
     assert partly.balanced == pytest.approx((0.5 + 1 + 0.5) / 3)  # the worst kind twice
-    assert calibration.recall([one], Ranking(0, (), 0.7), 21).counts == (1, 2)
+    assert learning.recall([one], Ranking(0, (), 0.7, 0.0), 21).counts == (1, 2)
 
 
 def test_words_outrank_heads_by_their_weight():
@@ -127,13 +130,13 @@ def test_words_outrank_heads_by_their_weight():
     other = np.flatnonzero(~one.answers[0])[0]
     misled = dataclasses.replace(one, words=np.where(np.arange(40) == other, np.float32(100), 0))
     for weight, best in ((0.0, np.argmax(one.answers)), (0.7, other)):
-        assert np.argmax(Ranking(1, (Head(1, 2),), weight).ranks(misled)) == best
+        assert np.argmax(Ranking(1, (Head(1, 2),), weight, 0.2).ranks(misled)) == best
 
 
 def test_the_passages_without_which_a_fact_is_lost():
     """A fact of 100 characters; passages that hold 4, 89 and 7 of them."""
     starts, ends = np.array([0, 54, 143]), np.array([54, 143, 300])
-    assert calibration._holders(starts, ends, (50, 150)).tolist() == [False, True, False]
+    assert recording._holders(starts, ends, (50, 150)).tolist() == [False, True, False]
 
 
 _PLAN = Plan(
@@ -152,20 +155,20 @@ _PLAN = Plan(
 
 def test_calibration_is_deterministic_and_its_preset_can_be_used(smollm2, tmp_path: pathlib.Path):
     told: list[tuple[str, int, int]] = []
-    runs = [calibration.calibrate(smollm2, _PLAN, progress=lambda *stage: told.append(stage)) for _ in range(2)]
+    runs = [calibrate.calibrate(smollm2, _PLAN, progress=lambda *stage: told.append(stage)) for _ in range(2)]
     assert runs[0] == runs[1]
     judged, preset = runs[0]
     assert [one.layer for one in judged] == [0, 1, 2, 3]
     assert [one.keep for one in judged[0].learned] == [64, 128]
-    assert judged[0].learned[0].counts[1] == 4
-    assert set(judged[0].learned[0].kept) == {"hidden_facts", "no_literal_match"}
+    assert judged[0].learned[0].counts[1] == 6
+    assert set(judged[0].learned[0].kept) == {"hidden_facts", "no_literal_match", "documents"}
     shares = [one.learned[-1].balanced for one in judged]
     chosen = next(layer for layer, share in enumerate(shares) if share >= _PLAN.target * max(shares))
     assert preset.default.filter_layer == chosen
     assert preset.default.heads == tuple(map(str, judged[chosen].learned[-1].ranking.heads))
     assert all(head.layer <= chosen for head in preset.default.chosen_heads)
     assert len(preset.default.recall_fit) == 3
-    assert told[:3] == [("reading, train", 1, 6), ("reading, train", 2, 6), ("reading, train", 3, 6)]
+    assert told[:3] == [("reading, train", 1, 9), ("reading, train", 2, 9), ("reading, train", 3, 9)]
     path = tmp_path / "preset.json"
     path.write_text(presets.write_preset(preset, smollm2.checkpoint.model.config))
     read = presets.read_preset(path, smollm2.checkpoint.model.config)
@@ -190,8 +193,8 @@ def test_recorded_passages_are_the_filters_own(smollm2, segment):
         segment=segment,
         filter_precision="float",
     )
-    one = calibration.record(smollm2, example, method, layers=3)
-    order = np.argsort(-Ranking(2, heads, method.lexical).ranks(one), kind="stable")
+    one = recording.record(smollm2, example, method, layers=3)
+    order = np.argsort(-Ranking(2, heads, method.lexical, method.carry).ranks(one), kind="stable")
     fits = one.required + np.cumsum(one.sizes[order]) <= 128
     kept, _ = smollm2.select(example.text, example.question, method=method)
     prompt = encode(smollm2.checkpoint.tokenizer, example.text, example.question, observation_rows=32)
@@ -214,13 +217,30 @@ def test_questions_of_a_file_are_learned_from_and_measured_on_by_documents(smoll
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     plan = dataclasses.replace(_PLAN, layers=1, train=1, held_out=1, questions=str(path))
-    judged, preset = calibration.calibrate(smollm2, plan, progress=lambda *_: None)
+    judged, preset = calibrate.calibrate(smollm2, plan, progress=lambda *_: None)
     assert judged[0].learned[-1].kept["real_questions"] == (2, 2)  # the documents fit the budget
-    assert "heads learned on 4 other questions" in preset.source  # one of each built-in kind, two documents
+    assert "heads learned on 5 other questions" in preset.source  # one of each built-in kind, two documents
     with pytest.raises(UserError, match=r"missing\.jsonl"):
-        calibration.calibrate(smollm2, dataclasses.replace(plan, questions="missing.jsonl"), progress=lambda *_: None)
+        calibrate.calibrate(smollm2, dataclasses.replace(plan, questions="missing.jsonl"), progress=lambda *_: None)
+
+
+def test_documents_that_come_with_the_package(smollm2):
+    """Every answer stands verbatim once in its document, and no document, question or answer is in both splits."""
+    seen: set[str] = set()
+    for split in ("train", "held_out"):
+        task = RealQuestions(questions_file=calibrate.documents_file(split))
+        examples = list(task.examples(smollm2.checkpoint.tokenizer, 0))
+        assert len(examples) == 48
+        assert {example.group for example in examples} == {"verbatim"}
+        assert {len(example.occurrences) for example in examples} == {1}
+        texts = {example.text for example in examples}
+        assert len(texts) == 8
+        new = texts | {part for example in examples for part in (example.question, *example.references)}
+        assert len(new) == 8 + 2 * 48
+        assert not new & seen
+        seen |= new
 
 
 def test_texts_longer_than_one_pass_are_refused(smollm2):
     with pytest.raises(UserError, match="tokens is 5000; the model reads 8192"):
-        calibration.calibrate(smollm2, dataclasses.replace(_PLAN, tokens=5000), progress=lambda *_: None)
+        calibrate.calibrate(smollm2, dataclasses.replace(_PLAN, tokens=5000), progress=lambda *_: None)

@@ -16,7 +16,7 @@ from gemfilter_jax.methods.presets import Preset, preset_for, read_preset, write
 _MODEL = {"layers": 4, "width": 32, "heads": 4, "kv_heads": 2, "vocab": 128}
 _DEFAULT = {"filter_layer": 2, "keep": 96, "head_weights": [0, 1, 0.5, 0]}
 FIELDS = {"name": "tiny", "model": _MODEL, "default": _DEFAULT, "paper_layer": 3, "source": "here"}
-_OWN = GemFilter(filter_layer=2, keep=96, head_weights=(0.0, 1.0, 0.5, 0.0), lexical=0.0)  # as before words counted
+_OWN = GemFilter(filter_layer=2, keep=96, head_weights=(0.0, 1.0, 0.5, 0.0), lexical=0.0, carry=0.0)  # as they were
 
 
 def config(layers: int, width: int, heads: int, kv_heads: int, vocab: int) -> ModelConfig:

@@ -51,7 +51,8 @@ def kept(
     values, masses, counts = [], [], []
     for of_heads, prompt, rows in zip(scores, prompts, candidates, strict=True):
         listed = passages.listed(prompt, rule, rows)
-        ranks = ranking(of_heads[:, listed.tokens], listed.first, words(prompt, rule, listed, method), method)
+        own = ranking(of_heads[:, listed.tokens], listed.first, words(prompt, rule, listed, method), method)
+        ranks = carried(own, listed.numbers, method.carry)
         ranks[listed.repeated(ranks)] = -np.inf
         likely = np.exp(method.sharpness * (ranks - ranks.max(initial=0)))
         values.append(listed.for_each_token(ranks, len(rows), others=-np.inf))
@@ -89,6 +90,12 @@ def ranking(scores: np.ndarray, first: np.ndarray, of_words: np.ndarray, method:
     weights = [head.weight for head in method.chosen_heads] or None
     attention = np.average(said(mean_scores(scores, first)), axis=0, weights=weights)
     return (attention + of_words).astype(np.float32)
+
+
+def carried(ranks: np.ndarray, numbers: np.ndarray, part: float) -> np.ndarray:
+    """[..., P], ranks [..., P] and a part of those of the passage before, where that is among them; numbers: [P]."""
+    before = np.roll(ranks, 1, axis=-1) * (np.diff(numbers, prepend=-2) == 1)
+    return ranks + np.float32(part) * before
 
 
 def mean_scores(scores: np.ndarray, first: np.ndarray) -> np.ndarray:

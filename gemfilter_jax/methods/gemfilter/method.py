@@ -35,7 +35,7 @@ SHARE_OF_ATTENTION = 0.3
 """The share of the attention that is kept under that budget otherwise."""
 
 _FORMER_NAMES = {"window": "observation_window", "kernel": "pool_size"}
-_FITTED = ("lexical", "sharpness", "chunk", "sentences", "normalisation")  # what a `recall_fit` holds for
+_FITTED = ("lexical", "carry", "sharpness", "chunk", "sentences", "normalisation")  # what a `recall_fit` holds for
 _LEAST_ODDS = 1e-4  # scores are float32, and no estimate is surer
 _MOST = 700.0  # whose exponential is a finite float
 _HEAD = re.compile(r"(\d{1,9})/(\d{1,9})(?::(\d*\.?\d+))?", re.ASCII)
@@ -111,7 +111,7 @@ class GemFilter(Method):
     `pool_size` were called `window` and `kernel`; those names still serve.
 
     With `heads` or `lexical` a passage is ranked as a whole, by the sum of what each head and the words that it shares
-    with the question say of it, see `fusion.ranking`.
+    with the question say of it, see `fusion.ranking`, and of a part of what they say of the passage before.
 
     Attributes:
       filter_layer: r, 0-based: layers 0..r-1 run, layer r's keys and queries score, and those of `heads`.
@@ -130,6 +130,8 @@ class GemFilter(Method):
       head_weights: one weight for each query head of layer r, or None for all heads alike.
       heads: heads of layers up to r in place of layer r's, as "layer/head" or "layer/head:weight"; None for layer r's.
       lexical: weight of the words that a passage shares with the question, see `lexical.scores`; 0 for attention alone.
+      carry: part of the score of a passage that the passage after it gets besides its own, with `heads` or `lexical`:
+        answers follow headings, questions and names that the question is about.
       sharpness: how strongly a difference of such scores counts as evidence, see `fusion.kept`; a preset's, and its
         `recall_fit`, are right for its own heads and weight of words.
       pooling, pool_size: neighbours pooled before ranking, without `heads` and `lexical`.
@@ -170,6 +172,7 @@ class GemFilter(Method):
     head_weights: tuple[float, ...] | None = option(None, "Weight of each query head.", at_least=0)
     heads: tuple[str, ...] | None = option(None, "Heads of several layers, as layer/head or layer/head:weight.")
     lexical: float = option(0.7, "Weight of the words shared with the question; 0 for attention alone.", at_least=0)
+    carry: float = option(0.2, "Part of a passage's score that the next one gets besides its own.", at_least=0)
     sharpness: float = option(1.0, "Evidence in a unit of score, for keep=auto.", above=0)
     pooling: Pooling = option("max", "Pooling of the scores of neighbours.")
     pool_size: int = option(9, "Neighbours that are pooled.", at_least=1)
@@ -202,6 +205,7 @@ class GemFilter(Method):
             observation_window=1,
             normalisation="none",
             lexical=0.0,
+            carry=0.0,
             pooling="mean",
             pool_size=5,
             chunk=1,
@@ -237,7 +241,7 @@ class GemFilter(Method):
         for former, name in _FORMER_NAMES.items():
             if former in fields and name in fields:
                 raise UserError(f"{source}: fields {former!r} and {name!r} mean the same; give one of them")
-        fields = {"lexical": 0.0} | _renamed(fields)  # written before words counted
+        fields = {"lexical": 0.0, "carry": 0.0} | _renamed(fields)  # written before these counted
         if "filter_layer" not in fields:
             raise UserError(f"{source}: field 'filter_layer' is missing")
         method = cls(**settings.from_json(cls, fields, source))

@@ -13,7 +13,7 @@ from gemfilter_jax.methods.gemfilter import fusion, scoring_pass
 from gemfilter_jax.methods.gemfilter.method import GemFilter, Head
 from gemfilter_jax.text.prompt import Prompt
 
-_METHOD = GemFilter(filter_layer=2, keep=64, heads=("0/1", "2/3:0.5"), lexical=0.0, chunk=8, sentences=False)
+_METHOD = GemFilter(filter_layer=2, keep=64, heads=("0/1", "2/3:0.5"), lexical=0.0, carry=0.0, chunk=8, sentences=False)
 _FIRST = np.array([0, 3, 5, 9])
 _TEXTS = ["the red lamp", "a door", "the blue lamp of Ada", "rain"]
 
@@ -50,6 +50,15 @@ def test_words_are_added():
     assert np.argmax(words) == 2
 
 
+def test_a_passage_gets_a_part_of_the_score_of_the_one_before():
+    """But not of one that is not next to it in the document, as after a round."""
+    ranks, numbers = np.array([1.0, -2.0, 4.0, 8.0], np.float32), np.array([0, 1, 2, 5])
+    assert fusion.carried(ranks, numbers, 0.25).tolist() == [1.0, -1.75, 3.5, 8.0]
+    assert fusion.carried(ranks, numbers, 0.0).tolist() == ranks.tolist()
+    both = fusion.carried(np.stack([ranks, -ranks]), numbers, 0.25)
+    assert both.tolist() == [[1.0, -1.75, 3.5, 8.0], [-1.0, 1.75, -3.5, -8.0]]
+
+
 def test_heads_that_see_no_difference_say_nothing():
     assert not _ranks(np.ones((2, 12), np.float32)).any()
 
@@ -76,6 +85,15 @@ def _document(passages: int) -> tuple[Prompt, np.ndarray]:
     scores = np.zeros((1, len(prompt)), np.float32)
     scores[0, 7:-10] = np.exp(np.repeat(np.random.default_rng(0).normal(size=passages), 8))
     return prompt, scores
+
+
+def test_the_passage_after_the_best_one_is_kept_rather_than_others_like_it():
+    prompt = tiny.prompt_of(np.arange(7 + 8 * 20 + 10, dtype=np.int32), 7, 10)
+    scores = np.ones((2, len(prompt)), np.float32)
+    scores[:, 7 + 8 * 12 : 7 + 8 * 13] = 2
+    method = dataclasses.replace(_METHOD, keep=17 + 16, carry=0.2, order="text")
+    (choice,) = fusion.kept([scores], [prompt], [np.arange(len(prompt))], method)
+    assert choice.rows.tolist() == [*range(7), *range(7 + 8 * 12, 7 + 8 * 14), *range(167, 177)]
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
