@@ -75,21 +75,22 @@ class Listed:
         """int [P], tokens in each passage."""
         return np.diff(self.first, append=len(self.tokens))
 
-    def repeated(self, ranks: np.ndarray) -> np.ndarray:
-        """bool [P], passages with the text of one that ranks higher or, else, comes first; case and spaces aside."""
-        seen = {""}
-        repeated = np.zeros(len(ranks), bool)
-        for index in np.argsort(-ranks, kind="stable"):
-            text = " ".join(self.texts[index].lower().split())
-            repeated[index] = text in seen and text != ""
-            seen.add(text)
-        return repeated
-
     def for_each_token(self, of_passages: np.ndarray, count: int, *, others: float = 0.0) -> np.ndarray:
         """float32 [count]: every token has its passage's value, and tokens outside of passages `others`."""
         spread = np.full(count, others, np.float32)
         spread[self.tokens] = np.repeat(of_passages, self.sizes)
         return spread
+
+
+def once(ranks: np.ndarray, texts: Sequence[str]) -> np.ndarray:
+    """Ranks [P], -inf for the text of one that ranks higher or, else, comes first; case and white space aside."""
+    seen = {""}
+    repeated = np.zeros(len(ranks), bool)
+    for index in np.argsort(-ranks, kind="stable"):
+        text = " ".join(texts[index].lower().split())
+        repeated[index] = text in seen and text != ""
+        seen.add(text)
+    return np.where(repeated, np.float32(-np.inf), ranks)
 
 
 def listed(prompt: Prompt, rule: PassageRule, rows: np.ndarray) -> Listed:

@@ -8,6 +8,7 @@ is linear in the length of the text.
 import dataclasses
 import itertools
 import re
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -15,13 +16,12 @@ import numpy as np
 _FEW_WORDS, _FEW_LETTERS = 3, 12  # a piece of fewer words and fewer letters does not stand alone
 _HEADING_WORDS = 14  # a heading has no more
 _LEADING = 200  # characters, about, of headings and small pieces that are put before another piece
-_NARROWEST, _WIDEST = 40, 120  # characters of a line, where prose is wrapped
-_NARROWEST_HAN = 20  # where words are not parted by spaces
+_NARROWEST, _WIDEST = 40, 120  # columns of a line, where prose is wrapped
 _CODE = 240  # characters, about, of a piece of code
 
 _LINE = re.compile(r"[^\n]*\n|[^\n]+")
-_HAN = re.compile(r"[぀-ヿ㐀-鿿]")  # or kana
-_WORD = re.compile(rf"{_HAN.pattern}|[^\W_぀-ヿ㐀-鿿]+")
+_HAN = re.compile(r"[々〇぀-ヿ㐀-鿿]")  # or kana
+_WORD = re.compile(rf"{_HAN.pattern}|[^\W_々〇぀-ヿ㐀-鿿]+")
 _SENTENCE_END = re.compile(r"""[.!?…]["'”’»)\]]*(?=\s)|[。！？।؟۔]["”’」』）]*""")
 _NO_END = re.compile(
     r"""(?:^|[\s("'“‘\[])(?:(?:[^\W\d_]\.)*[^\W\d_]|al|approx|apr|aug|ca|capt|cf|ch|dec|dept|dr|eds?|eq|etc|feb|figs?|gen"""
@@ -31,7 +31,8 @@ _NO_END = re.compile(
 )
 """What ends with a full stop and is no end of a sentence: initials, abbreviations, numbers of headings and items."""
 
-_NUMBER_FOLLOWS = re.compile(r"\bnos?\.$", re.IGNORECASE)  # no end of a sentence if a digit does
+_NO = re.compile(r"\bnos?\.$", re.IGNORECASE)  # no end of a sentence if a number follows
+_NUMBER = re.compile(r"""\s*["'“‘(\[]*(?:[\w-]{0,12}\d|[IVXLCDM]{2,8}\b)""")
 _NEXT = re.compile(r"""\s*["'“‘(\[]*(\w)""")
 _REACH = 16  # characters before a full stop that `_NO_END` looks at
 _ITEM = re.compile(
@@ -138,7 +139,7 @@ def _pieces_of_prose(text: str, block: _Block) -> Iterator[tuple[int, int]]:
 def _ends_something(block: _Block) -> Callable[[int], bool]:
     """Whether the line break before line i of a block does more than wrap prose."""
     lines = block.lines
-    width = max(map(len, lines))
+    width = max(map(_columns, lines))
     small = sum(map(_begins_small, lines))
     rows = len(lines) > 3 and (4 * small < len(lines) or _is_table(lines))
 
@@ -146,13 +147,17 @@ def _ends_something(block: _Block) -> Callable[[int], bool]:
         before, line = lines[index - 1], lines[index].lstrip()
         if rows or width > _WIDEST or _ITEM.match(line):
             return True
-        if _HAN.match(line):
-            wrapped = width >= _NARROWEST_HAN and len(before) + 2 > width  # a comma is not put at a line's beginning
-        else:
-            wrapped = width >= _NARROWEST and len(before) + 1 + len(line.split(maxsplit=1)[0]) > width
-        return not (wrapped or line[0].islower())
+        if _HAN.match(line):  # two columns, and two for a comma, which begins no line
+            return not (width >= _NARROWEST and _columns(before) + 4 > width)
+        wrapped = width >= _NARROWEST and _columns(before) + 1 + _columns(line.split(maxsplit=1)[0]) > width
+        return not (wrapped or _begins_small(line))
 
     return ends
+
+
+def _columns(line: str) -> int:
+    """The width of a line in a terminal, where characters of East Asia take two columns."""
+    return len(line) + (not line.isascii() and sum(unicodedata.east_asian_width(one) in "WF" for one in line))
 
 
 def _begins_small(line: str) -> bool:
@@ -174,11 +179,11 @@ def _sentences(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
             break
         following = _NEXT.match(text, match.end(), end)
         near = text[max(start, match.start() + 1 - _REACH) : match.start() + 1]
-        if following is not None and (
-            following[1].islower() or (following[1].isdigit() and _NUMBER_FOLLOWS.search(near))
-        ):
+        if following is not None and following[1].islower():
             continue
-        if match[0][0] == "." and _NO_END.search(near):
+        if match[0][0] == "." and (
+            _NO_END.search(near) or (_NO.search(near) and _NUMBER.match(text, match.end(), end))
+        ):
             continue
         yield start, match.end()
         start = match.end()

@@ -1,5 +1,6 @@
 """Calibration: heads that find facts are learned, recall is counted, the earliest layer that will do is chosen."""
 
+import collections
 import dataclasses
 import json
 import pathlib
@@ -36,7 +37,8 @@ def _recorded(
             scores[place][holds[0]] = strength
         shared = np.where(holds[0], np.float32(words), np.float32(0))
         sizes = np.full(count, 10)
-        made.append(Recorded(kind, scores, shared, sizes, holds, either=False, required=20))
+        texts = [str(index) for index in range(count)]
+        made.append(Recorded(kind, scores, texts, shared, sizes, holds, either=False, required=20))
     return made
 
 
@@ -112,7 +114,7 @@ def test_recall_counts_whole_passages_within_the_budget():
     scores[0, 1] = [4, 3, 2, 1]
     answers = np.array([[True, True, False, False], [False, False, True, False]])
     sizes = np.array([5, 6, 7, 8])
-    one = Recorded("facts", scores, np.zeros(4), sizes, answers, either=False, required=10)
+    one = Recorded("facts", scores, list("abcd"), np.zeros(4), sizes, answers, either=False, required=10)
     either = dataclasses.replace(one, kind="real", either=True, answers=answers[::-1])
     ranking = Ranking(0, (Head(0, 1),), 0.7, 0.0)
     for keep, kept in ((20, 0), (21, 1), (27, 1), (28, 2)):  # 10 required, then passages of 5, 6 and 7
@@ -137,6 +139,31 @@ def test_the_passages_without_which_a_fact_is_lost():
     """A fact of 100 characters; passages that hold 4, 89 and 7 of them."""
     starts, ends = np.array([0, 54, 143]), np.array([54, 143, 300])
     assert recording._holders(starts, ends, (50, 150)).tolist() == [False, True, False]
+
+
+def test_an_answer_in_many_passages_is_kept_with_all_of_them():
+    """An answer of 300 characters in passages of 20, each of which holds less than a tenth of it."""
+    starts = np.arange(0, 400, 20)
+    holders = recording._holders(starts, starts + 20, (95, 395))
+    assert np.flatnonzero(holders).tolist() == list(range(4, 20))
+
+
+def test_repeated_passages_are_ranked_once():
+    (one,) = _recorded({}, 1, 4)
+    scores = np.zeros_like(one.scores)
+    scores[0, 0] = [1, 8, 4, 2]
+    repeated = dataclasses.replace(one, scores=scores, texts=["A lamp.", "rain", "a  LAMP.", "rain"])
+    ranks = Ranking(0, (Head(0, 0),), 0.0, 0.0).ranks(repeated)
+    assert np.isneginf(ranks).tolist() == [True, False, False, True]
+    assert ranks[1] > ranks[2]
+
+
+def test_the_passage_after_is_learned_from():
+    """One head finds the passage before each answer; it is learned only where that counts."""
+    made = _recorded({(1, 2): 300.0}, 30)
+    after = [dataclasses.replace(one, answers=np.roll(one.answers, 1, axis=1)) for one in made]
+    assert _places(learning.learn(after, 3, 0.7, 0.9), 0.5) == {(1, 2)}
+    assert (1, 2) not in _places(learning.learn(after, 3, 0.7, 0.0), 0.5)
 
 
 _PLAN = Plan(
@@ -239,6 +266,15 @@ def test_documents_that_come_with_the_package(smollm2):
         assert len(new) == 8 + 2 * 48
         assert not new & seen
         seen |= new
+
+
+def test_questions_about_documents_are_different_ones_of_all_documents(smollm2):
+    plan = dataclasses.replace(_PLAN, train=18, tokens=2048)
+    asked = [one for kind, one in calibrate._examples(smollm2, plan, "train", None) if kind == "documents"]
+    assert len({one.question for one in asked}) == 18
+    assert sum(one.own[1] - one.own[0] < len(one.text) for one in asked) == 3
+    counts = collections.Counter(one.name.partition(".")[0] for one in asked)
+    assert sorted(counts.values()) == [2] * 6 + [3] * 2
 
 
 def test_texts_longer_than_one_pass_are_refused(smollm2):

@@ -149,7 +149,7 @@ def test_an_estimate_is_of_what_it_was_fitted_to():
     fit = (0.0, 1.0, 0.0)
     preset = Preset("tiny", dataclasses.replace(_OWN, lexical=0.7, recall_fit=fit), 3, source="test")
     assert GemFilter.of("default", preset, lexical=0.7, keep=50).recall_fit == fit
-    for given in ({"lexical": 0.3}, {"chunk": 32}, {"heads": ("0/1",), "head_weights": None}):
+    for given in ({"lexical": 0.3}, {"carry": 0.5}, {"chunk": 32}, {"heads": ("0/1",), "head_weights": None}):
         assert GemFilter.of("default", preset, **given).recall_fit is None
 
 

@@ -70,13 +70,21 @@ _PARTS = {
         "The next season was the last one.",
     ],
     "few words": ["No. It is not what he wanted.", " Why? Because of the rain that fell."],
-    "no": ["He read the answer, and it was no.", " Then he saw No. 5 and nos. 7 to 9 of the list."],
+    "no": [
+        "He read the answer, and it was no.",
+        " Then he saw No. 5 and nos. 7 to 9 of Case No. CV-2024.",
+        " It was No. XII here.",
+    ],
     "Chinese": ["今天天气很好。", "我们去公园吧！", "他说：“不行。”", "然后走了。"],
     "Chinese lines": ["春眠不觉晓，\n处处闻啼鸟。\n", "夜来风雨声，\n", "花落知多少。"],
     "wrapped Chinese": [
         "臣亮言：先帝创业未半而中道崩殂，今天下三分，\n益州疲弊，此诚危急存亡之秋也。",
         "然侍卫之臣不懈于\n内，忠志之士忘身于外者。",
     ],
+    "Chinese with English": [
+        "公司成立于2005年，总部在ABC123科技园区，主要从事软件与硬件\n开发与服务业务以及相关的技术咨询，客户包括很多大型企业与学\n校。",
+    ],
+    "Hebrew": ["הלכתי אל החנות הגדולה שליד הבית\nכדי לקנות תפוחים\nואחר כך חזרתי הביתה."],
     "German": [
         "Der Vertrag endet z. B. im Mai, d. h. vor Ablauf der Frist.",
         " Das Schreiben ist an die Stadt zu richten.",

@@ -1,10 +1,11 @@
 """Measure the first layers of a model as filter layers, and make a preset of the earliest that is about the best."""
 
+import collections
 import dataclasses
 import importlib.resources
 import random
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.evals.calibration.learning import Ranking, Recall, learn, recall, recall_fit, sharpest
@@ -17,7 +18,10 @@ from gemfilter_jax.methods.gemfilter.method import AUTO_RECALL, FilterAttention,
 from gemfilter_jax.methods.presets import Preset
 from gemfilter_jax.pipeline import Pipeline
 
-_LONG = 4  # times the usual length, or documents: some texts, so that passages of different segments are compared
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_LONG = 4  # some texts are so many times as long, or so many documents, so that passages of several segments compete
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,12 +161,8 @@ def _examples(
         for task in (hidden, unlike):
             for example in task.examples(tokenizer, size):
                 yield task.name, example
-    long = count // len(sizes)
-    for join, own in ((1, count - long), (_LONG, long)):
-        built_in = RealQuestions(questions_file=documents_file(split), only="verbatim", join=join, seed=plan.seed)
-        examples = list(built_in.examples(tokenizer, 0))
-        for example in random.Random(plan.seed).sample(examples, min(own, len(examples))):
-            yield "documents", example
+    for index, (own, joined) in enumerate(_about_documents(tokenizer, split, plan.seed)[:count]):
+        yield "documents", own if index % len(sizes) < len(sizes) - 1 else joined
     if plan.questions is not None:
         real = RealQuestions(questions_file=plan.questions, only="verbatim", seed=plan.seed)
         documents = sorted({example.text for example in real.examples(tokenizer, 0)})
@@ -172,6 +172,29 @@ def _examples(
         for example in real.examples(tokenizer, 0):
             if (example.text in half) == training:
                 yield real.name, example
+
+
+def _about_documents(
+    tokenizer: "PreTrainedTokenizerBase", split: SplitName, seed: int
+) -> list[tuple[Example, Example]]:
+    """The package's questions about documents, one of each in turn: of the document alone, and of several joined."""
+    own, joined = (
+        {
+            example.name: example
+            for example in RealQuestions(
+                questions_file=documents_file(split), only="verbatim", join=join, seed=seed
+            ).examples(tokenizer, 0)
+        }
+        for join in (1, _LONG)
+    )
+    names = random.Random(seed).sample(list(own), len(own))
+    before: collections.Counter[str] = collections.Counter()
+    turns = {}
+    for name in names:
+        document = name.partition(".")[0]
+        turns[name] = before[document]
+        before[document] += 1
+    return [(own[name], joined[name]) for name in sorted(names, key=turns.__getitem__)]
 
 
 def documents_file(split: SplitName) -> str:

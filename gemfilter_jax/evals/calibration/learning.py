@@ -12,6 +12,7 @@ from scipy import optimize
 
 from gemfilter_jax.evals.calibration.recording import Recorded
 from gemfilter_jax.evals.summary import wilson
+from gemfilter_jax.methods import passages
 from gemfilter_jax.methods.gemfilter import fusion
 from gemfilter_jax.methods.gemfilter.method import Head, log_odds
 
@@ -41,20 +42,22 @@ class Ranking:
     carry: float
 
     def ranks(self, recorded: Recorded) -> np.ndarray:
-        """float32 [P], the higher the better."""
+        """float [P], the higher the better; -inf for repeated passages."""
         if self.heads:
             scores = np.stack([recorded.scores[one.layer, one.head] for one in self.heads])
         else:
             scores = recorded.scores[self.layer].sum(axis=0, keepdims=True)
         said = np.average(fusion.said(scores), axis=0, weights=[one.weight for one in self.heads] or None)
-        return fusion.carried(said + self.lexical * recorded.words, np.arange(len(said)), self.carry)
+        ranks = fusion.carried(said + self.lexical * recorded.words, np.arange(len(said)), self.carry)
+        return passages.once(ranks, recorded.texts)
 
 
 def learn(recorded: Sequence[Recorded], layers: int, lexical: float, carry: float) -> tuple[Head, ...]:
     """Learn weights of the heads of the first `layers` layers that rank the passages with answers first.
 
     The loss is the cross-entropy of softmax(t s), s the passages' ranks and t a learned sharpness, against the passages
-    with answers, plus a small sparsity penalty on heads. Every kind of question has the same weight.
+    with answers, plus a small sparsity penalty on heads. Every kind of question has the same weight. Repeated passages
+    count as often as they stand there.
 
     Args:
       lexical, carry: see `Ranking`.

@@ -1,6 +1,7 @@
 """What each head says of each passage of a document, and which passages hold the answers."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +24,7 @@ class Recorded:
     Attributes:
       kind: the kind of question.
       scores: float32 [L, H, P], each head's mean score of each passage's tokens.
+      texts: the passages.
       words: float32 [P], see `lexical.scores`.
       sizes: int [P], tokens in each passage.
       answers: bool [F, P], the passages that hold each of the F facts in question.
@@ -32,6 +34,7 @@ class Recorded:
 
     kind: str
     scores: np.ndarray
+    texts: Sequence[str]
     words: np.ndarray
     sizes: np.ndarray
     answers: np.ndarray
@@ -78,6 +81,7 @@ def record(model: Pipeline, example: Example, method: GemFilter, layers: int) ->
     return Recorded(
         kind=example.group,
         scores=fusion.mean_scores(scores, listed.first),
+        texts=listed.texts,
         words=lexical.scores(listed.texts, prompt.question),
         sizes=listed.sizes,
         answers=np.stack([_holders(starts, ends, span) for span in verbatim or example.spans]),
@@ -107,6 +111,10 @@ def _scores(model: Pipeline, prompt: Prompt, piece: np.ndarray, method: GemFilte
 
 
 def _holders(starts: np.ndarray, ends: np.ndarray, span: tuple[int, int]) -> np.ndarray:
-    """bool [P], passages that hold more than 1 - `WHOLE` of a fact, so that the fact is not kept without them."""
+    """bool [P], passages that hold more than 1 - `WHOLE` of a fact, so that the fact is not kept without them.
+
+    Of a fact in so many passages that none of them does, all that hold some of it.
+    """
     overlap = np.maximum(np.minimum(ends, span[1]) - np.maximum(starts, span[0]), 0)
-    return overlap > (1 - WHOLE) * (span[1] - span[0])
+    needed = overlap > (1 - WHOLE) * (span[1] - span[0])
+    return needed if needed.any() else overlap > 0

@@ -52,8 +52,7 @@ def kept(
     for of_heads, prompt, rows in zip(scores, prompts, candidates, strict=True):
         listed = passages.listed(prompt, rule, rows)
         own = ranking(of_heads[:, listed.tokens], listed.first, words(prompt, rule, listed, method), method)
-        ranks = carried(own, listed.numbers, method.carry)
-        ranks[listed.repeated(ranks)] = -np.inf
+        ranks = passages.once(carried(own, listed.numbers, method.carry), listed.texts)
         likely = np.exp(method.sharpness * (ranks - ranks.max(initial=0)))
         values.append(listed.for_each_token(ranks, len(rows), others=-np.inf))
         masses.append(listed.for_each_token(likely / (listed.sizes * likely.sum()), len(rows)))

@@ -219,8 +219,9 @@ class GemFilter(Method):
     def of(cls, variant: str, preset: "Preset", **given: Any) -> Self:
         """See `Preset.method`."""
         own = cls._own(given)
-        if variant == "paper" and own.get("lexical"):
-            raise UserError(f"lexical is {own['lexical']}; under the paper's rule words do not count")
+        for name in ("lexical", "carry") if variant == "paper" else ():
+            if own.get(name):
+                raise UserError(f"{name} is {own[name]}; under the paper's rule only attention counts")
         method = preset.method(variant, own.pop("keep", None), own.pop("filter_layer", None))
         if own.keys() & {"heads", "head_weights"}:
             method = dataclasses.replace(
