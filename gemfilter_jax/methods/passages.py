@@ -87,7 +87,7 @@ def once(ranks: np.ndarray, texts: Sequence[str]) -> np.ndarray:
     seen = {""}
     repeated = np.zeros(len(ranks), bool)
     for index in np.argsort(-ranks, kind="stable"):
-        text = " ".join(texts[index].lower().split())
+        text = " ".join(texts[int(index)].lower().split())
         repeated[index] = text in seen and text != ""
         seen.add(text)
     return np.where(repeated, np.float32(-np.inf), ranks)
