@@ -219,8 +219,8 @@ def _preset(
     source = (
         f"gemfilter calibrate: heads up to layer {best.layer} kept {kept} of {asked} held-out answers "
         f"({kept / asked:.0%}, 95 % interval {low:.0%} to {high:.0%}; {kinds}) with {plan.keep} tokens of texts of "
-        f"{plan.tokens} to {plan.tokens * _LONG}, the earliest layer with {plan.target:.0%} of the best one's recall; "
-        f"heads learned on {learned_on} other questions"
+        f"{plan.tokens} to {plan.tokens * _LONG} tokens and of documents, the earliest layer with {plan.target:.0%} of "
+        f"the best one's recall; heads learned on {learned_on} other questions"
     )
     return Preset(
         name=model.preset.name if model.preset.name != "none" else model.checkpoint.name,
