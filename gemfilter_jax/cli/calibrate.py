@@ -58,8 +58,20 @@ flags.DEFINE_integer(
     lower_bound=512,
     flag_values=FLAGS,
 )
-flags.DEFINE_integer("train", 18, "Questions of each built-in kind for learning.", lower_bound=1, flag_values=FLAGS)
-flags.DEFINE_integer("held_out", 18, "Questions of each built-in kind for measuring.", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer(
+    "train",
+    18,
+    "Questions of each built-in kind for learning, at most 48 about documents.",
+    lower_bound=1,
+    flag_values=FLAGS,
+)
+flags.DEFINE_integer(
+    "held_out",
+    18,
+    "Questions of each built-in kind for measuring, at most 48 about documents.",
+    lower_bound=1,
+    flag_values=FLAGS,
+)
 flags.DEFINE_integer(
     "distractors", 2, "Facts in each text that look like the asked one.", lower_bound=0, flag_values=FLAGS
 )

@@ -20,8 +20,9 @@ _NARROWEST, _WIDEST = 40, 120  # columns of a line, where prose is wrapped
 _CODE = 240  # characters, about, of a piece of code
 
 _LINE = re.compile(r"[^\n]*\n|[^\n]+")
-_HAN = re.compile(r"[々〇぀-ヿ㐀-鿿]")  # or kana
-_WORD = re.compile(rf"{_HAN.pattern}|[^\W_々〇぀-ヿ㐀-鿿]+")
+_HAN_LETTERS = "々〇぀-ヿ㐀-鿿"  # and kana; each is a word
+_HAN = re.compile(f"[{_HAN_LETTERS}]")
+_WORD = re.compile(rf"[{_HAN_LETTERS}]|[^\W_{_HAN_LETTERS}]+")
 _SENTENCE_END = re.compile(r"""[.!?…]["'”’»)\]]*(?=\s)|[。！？।؟۔]["”’」』）]*""")
 _NO_END = re.compile(
     r"""(?:^|[\s("'“‘\[])(?:(?:[^\W\d_]\.)*[^\W\d_]|al|approx|apr|aug|ca|capt|cf|ch|dec|dept|dr|eds?|eq|etc|feb|figs?|gen"""
@@ -147,10 +148,10 @@ def _ends_something(block: _Block) -> Callable[[int], bool]:
         before, line = lines[index - 1], lines[index].lstrip()
         if rows or width > _WIDEST or _ITEM.match(line):
             return True
-        if _HAN.match(line):  # two columns, and two for a comma, which begins no line
-            return not (width >= _NARROWEST and _columns(before) + 4 > width)
-        wrapped = width >= _NARROWEST and _columns(before) + 1 + _columns(line.split(maxsplit=1)[0]) > width
-        return not (wrapped or _begins_small(line))
+        han = _HAN.match(line)  # two columns, and two for a comma, which begins no line
+        needed = 4 if han else 1 + _columns(line.split(maxsplit=1)[0])
+        wrapped = width >= _NARROWEST and _columns(before) + needed > width
+        return not (wrapped or (not han and _begins_small(line)))
 
     return ends
 

@@ -145,6 +145,14 @@ def test_what_decides_how_much_is_kept_fits_how_passages_are_ranked(of_preset, g
     assert (method.share, method.recall) == (share, recall)
 
 
+@pytest.mark.parametrize("name", ["lexical", "carry"])
+def test_the_papers_rule_knows_attention_alone(name):
+    preset = Preset("tiny", _OWN, 3, source="test")
+    assert getattr(GemFilter.of("paper", preset, **{name: 0.0}), name) == 0
+    with pytest.raises(UserError, match=f"{name} is 0.5; under the paper's rule only attention counts"):
+        GemFilter.of("paper", preset, **{name: 0.5})
+
+
 def test_an_estimate_is_of_what_it_was_fitted_to():
     fit = (0.0, 1.0, 0.0)
     preset = Preset("tiny", dataclasses.replace(_OWN, lexical=0.7, recall_fit=fit), 3, source="test")
