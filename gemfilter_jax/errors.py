@@ -20,3 +20,8 @@ def printable(text: str) -> str:
 def reason(error: BaseException) -> str:
     """The first line of an exception's message, or the exception itself where it has none."""
     return (str(error).strip() or repr(error)).splitlines()[0]
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception, Python's or XLA's, tells that memory is too small."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)

@@ -1,66 +1,308 @@
-"""Checks of output paths, atomic writes, and reading of text files."""
+"""Files: checks of output paths, atomic writes, files that grow by lines, bounded reading of text."""
 
+import contextlib
+import fcntl
+import io
 import os
 import pathlib
+import re
+import shutil
+import stat
+import sys
 import tempfile
+from collections.abc import Iterator
+from typing import BinaryIO
 
 from gemfilter_jax.errors import UserError
+
+_LARGEST = 1 << 28  # bytes of a text that is read, 256 MiB: some 60 million tokens
+_STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2}
+_DESCRIPTOR = re.compile(r"(?:/dev|/proc/self)/fd/(\d{1,4})", re.ASCII)
+_ASIDE = ".gemfilter.", ".part"  # how the names of unfinished files begin and end
+_asides: set[pathlib.Path] = set()
 
 
 def check_writable(path: str, flag: str) -> None:
     """Raise a `UserError` that names `flag` if a file cannot be written to `path`; leaves no file behind."""
-    target = pathlib.Path(path)
-    if target.is_dir():
-        raise UserError(f"--{flag}={path}: is a folder; give a file name")
-    if not target.parent.is_dir():
-        raise UserError(f"--{flag}={path}: folder {target.parent} does not exist; create it first")
+    if not path:
+        raise UserError(f"--{flag} is empty; give a file name")
     try:
+        target = _target(path)
+        if target.is_dir():
+            raise UserError(f"--{flag}={path}: is a folder; give a file name")
+        if _is_stream(path):
+            return
+        if target.exists() and not os.access(target, os.W_OK):
+            raise UserError(f"--{flag}={path}: cannot be written (Permission denied)")
+        if _is_special(target):
+            return
+        if not target.parent.is_dir():
+            raise UserError(f"--{flag}={path}: folder {target.parent} does not exist; create it first")
         with tempfile.TemporaryFile(dir=target.parent):
             pass
     except OSError as error:
-        raise UserError(f"--{flag}={path}: cannot be written ({error.strerror})") from error
+        raise UserError(f"--{flag}={path}: cannot be written ({error.strerror or error})") from error
+    except ValueError as error:  # the path contains a NUL
+        raise UserError(f"--{flag}={path}: cannot be written ({error})") from error
 
 
 def check_new_folder(folder: pathlib.Path) -> None:
-    """Raise a `UserError` if `folder` exists or its parent does not."""
-    if folder.exists():
-        raise UserError(f"--output={folder}: exists already; give a new folder")
-    if not folder.absolute().parent.is_dir():
-        raise UserError(f"--output={folder}: folder {folder.parent} does not exist; create it first")
-
-
-def write_whole(path: str, content: str | bytes) -> None:
-    """Write a temporary file, with text as UTF-8, and rename it to `path`."""
-    target = pathlib.Path(path)
-    data = content.encode("utf-8") if isinstance(content, str) else content
-    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
-        aside = pathlib.Path(file.name)
-        try:
-            file.write(data)
-        except BaseException:
-            aside.unlink()
-            raise
-    aside.chmod(0o666 & ~_umask())
-    aside.replace(target)
-
-
-def read_text(path: pathlib.Path, name: str) -> str:
-    """The text of a file, which error messages call `name`."""
+    """Raise a `UserError` if `folder` exists, or cannot be made."""
     try:
-        data = path.read_bytes()
+        if folder.exists() or folder.is_symlink():
+            raise UserError(f"--output={folder}: exists already; give a new folder")
+        if not folder.absolute().parent.is_dir():
+            raise UserError(f"--output={folder}: folder {folder.parent} does not exist; create it first")
+        with tempfile.TemporaryFile(dir=folder.absolute().parent):
+            pass
     except OSError as error:
-        raise UserError(f"{name}: cannot be read ({error.strerror})") from error
+        raise UserError(f"--output={folder}: cannot be made ({error.strerror or error})") from error
     except ValueError as error:  # the path contains a NUL
+        raise UserError(f"--output={folder}: cannot be made ({error})") from error
+
+
+def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
+    """Write a file, with text as UTF-8.
+
+    A plain file appears whole or not at all, and one that exists keeps its mode. Symbolic links are followed. Devices,
+    FIFOs and /dev/stdout are written through.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    try:
+        target = _target(path)
+        if _is_stream(path) or _is_special(target):
+            with _opened_through(path) as file:
+                file.write(data)
+        else:
+            with aside(target) as file:
+                file.write(data)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+@contextlib.contextmanager
+def aside(target: pathlib.Path, *, mode: int | None = None) -> Iterator[BinaryIO]:
+    """A new file beside a plain file, which it replaces at the end of the block; discarded if the block fails.
+
+    Args:
+      mode: of the new file; None for the mode of the file that it replaces, or that of any new file.
+    """
+    descriptor, name = tempfile.mkstemp(dir=target.absolute().parent, prefix=_ASIDE[0], suffix=_ASIDE[1])
+    path = pathlib.Path(name)
+    _asides.add(path)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            _try_lock(file)
+            yield file
+            file.flush()
+            if mode is None:
+                mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else 0o666 & ~_umask()
+            os.fchmod(file.fileno(), mode)
+        path.replace(target)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    finally:
+        _asides.discard(path)
+
+
+@contextlib.contextmanager
+def folder_aside(target: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A new folder beside a path, which it is renamed to at the end of the block; discarded if the block fails."""
+    path = pathlib.Path(tempfile.mkdtemp(dir=target.absolute().parent, prefix=_ASIDE[0], suffix=_ASIDE[1]))
+    _asides.add(path)
+    try:
+        yield path
+        path.chmod(0o777 & ~_umask())
+        path.rename(target)
+    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)
+        raise
+    finally:
+        _asides.discard(path)
+
+
+def discard_asides() -> None:
+    """Remove the unfinished files and folders of this process, which is about to be ended."""
+    for path in tuple(_asides):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def sweep(folder: pathlib.Path) -> None:
+    """Remove unfinished files from a folder that belongs to this project, if no process writes them any more."""
+    for path in folder.glob("*".join(_ASIDE)):
+        with contextlib.suppress(OSError), path.open("rb+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+
+
+class GrowingFile:
+    """An open file that grows by whole lines; see `growing`.
+
+    Attributes:
+      path: as given.
+      held: reads what the file holds so far; nothing if it is no plain file.
+    """
+
+    def __init__(self, path: pathlib.Path, file: BinaryIO, *, plain: bool):
+        self.path, self._file, self._plain = path, file, plain
+        self.held: BinaryIO = file if plain else io.BytesIO()
+
+    def cut(self, size: int) -> None:
+        """Keep the first `size` bytes of a plain file, and go on after them."""
+        if self._plain:
+            with _told(self.path):
+                self._file.truncate(size)
+                self._file.seek(size)
+
+    def append(self, data: bytes) -> None:
+        """Add lines and sync them to disk. If they cannot all be written, none is.
+
+        Raises:
+          UserError: they cannot be written.
+        """
+        with _told(self.path):
+            size = self._file.tell() if self._plain else 0
+            try:
+                self._file.write(data)
+                self._file.flush()
+                if self._plain:
+                    os.fsync(self._file.fileno())
+            except OSError:
+                if self._plain:
+                    self._file.truncate(size)
+                raise
+
+
+@contextlib.contextmanager
+def growing(path: pathlib.Path) -> Iterator[GrowingFile]:
+    """A file that grows by lines; no other run may write it meanwhile, where its file system has locks.
+
+    Symbolic links are followed. Devices, FIFOs and /dev/stdout are written through. No empty file is left.
+
+    Raises:
+      UserError: it cannot be written, or another run is writing it; the message has the process that does.
+    """
+    if _is_stream(path) or _is_special(path):
+        with _told(path):
+            through = _opened_through(path)
+        with through:
+            yield GrowingFile(path, through, plain=False)
+        return
+    with _told(path):
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
+    with file:
+        if not _try_lock(file):
+            raise UserError(f"{path}: {_holder(file)} is writing it; wait for that, or give a new file")
+        try:
+            yield GrowingFile(path, file, plain=True)
+        finally:
+            if not os.fstat(file.fileno()).st_size:
+                path.unlink(missing_ok=True)
+
+
+def read_text(path: pathlib.Path, name: str, *, plain: bool = False) -> str:
+    """The text of a file of at most 256 MiB, which error messages call `name`.
+
+    Args:
+      plain: refuse what is no plain file. Reading a FIFO or a device may never end.
+    """
+    try:
+        if plain and not stat.S_ISREG(os.stat(path).st_mode):
+            raise UserError(f"{name}: is no plain file; give one")
+        with path.open("rb") as file:
+            return read_stream(file, name)
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read ({error.strerror or error})") from error
+    except ValueError as error:  # the path contains a NUL
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{name}: cannot be read ({error})") from error
+
+
+def read_stream(file: BinaryIO, name: str) -> str:
+    """The text of an open file; see `read_text`."""
+    data = file.read(_LARGEST + 1)
+    if len(data) > _LARGEST:
+        raise UserError(f"{name}: is longer than {_LARGEST >> 20} MiB, expected a text of at most that")
     return decoded(data, name)
 
 
 def decoded(data: bytes, name: str) -> str:
-    """UTF-8 bytes as text; error messages call the source `name`."""
+    """UTF-8 bytes as text, without a byte-order mark; error messages call the source `name`."""
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise UserError(f"{name}: not UTF-8 (byte 0x{data[error.start]:02x} at offset {error.start})") from error
+
+
+def _target(path: str | os.PathLike) -> pathlib.Path:
+    """Where a path leads, symbolic links followed."""
+    return pathlib.Path(os.path.realpath(path))
+
+
+def _is_special(path: pathlib.Path) -> bool:
+    """Whether there is something at a path that is no plain file."""
+    return path.exists() and not path.is_file()
+
+
+def _is_stream(path: str | os.PathLike) -> bool:
+    return _descriptor(path) is not None
+
+
+def _descriptor(path: str | os.PathLike) -> int | None:
+    """The open file that a path such as /dev/stdout stands for; None for the path of a file."""
+    named = _DESCRIPTOR.fullmatch(os.fspath(path))
+    return int(named[1]) if named else _STREAMS.get(os.fspath(path))
+
+
+def _opened_through(path: str | os.PathLike) -> BinaryIO:
+    descriptor = _descriptor(path)
+    if descriptor is None:
+        return open(path, "wb", buffering=0)
+    sys.stdout.flush()
+    return os.fdopen(os.dup(descriptor), "wb", buffering=0)
+
+
+@contextlib.contextmanager
+def _told(path: pathlib.Path) -> Iterator[None]:
+    """Tell that a file cannot be written, except to a reader who has gone."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def _try_lock(file: BinaryIO) -> bool:
+    """Lock a file until it is closed; False if another process has locked it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # some network file systems have no locks
+    return True
+
+
+def _holder(file: BinaryIO) -> str:
+    """Who has locked a file, as far as the system tells."""
+    number = os.fstat(file.fileno()).st_ino
+    with contextlib.suppress(OSError):
+        for line in pathlib.Path("/proc/locks").read_text().splitlines():
+            fields = line.split()
+            if "FLOCK" in fields and fields[5].rpartition(":")[2] == str(number):
+                return f"another run (process {fields[4]})"
+    return "another run"
 
 
 def _umask() -> int:

@@ -10,6 +10,7 @@ import sys
 
 from absl import flags
 
+from gemfilter_jax import files
 from gemfilter_jax.cli import command, options
 from gemfilter_jax.errors import UserError
 
@@ -23,10 +24,15 @@ options.define_answer(FLAGS)
 options.define_document_cache(FLAGS)
 
 
+_LONGEST_QUESTION = 1 << 20  # bytes; the rest of a longer line is the next question
+
+
 def main(_: list[str]) -> None:
     """Run the command."""
     if FLAGS.prompt_file is None:
         raise UserError("no text; give --prompt_file=FILE (standard input is for questions)")
+    if sys.stdin is None:
+        raise UserError("standard input is closed; questions come from there")
     text = options.read_prompt(FLAGS)
 
     from gemfilter_jax.reporting import terminal
@@ -38,10 +44,11 @@ def main(_: list[str]) -> None:
     while True:
         if sys.stdin.isatty():
             print("? ", end="", file=sys.stderr, flush=True)
-        question = sys.stdin.readline().strip()
-        if not question:
+        line = sys.stdin.buffer.readline(_LONGEST_QUESTION)
+        if not line.strip():
             return
         try:
+            question = files.decoded(line, "the question").strip()
             with terminal.reading_progress(console) as progress:
                 settings = options.answer_settings(FLAGS)
                 result = document.ask(question, on_text=terminal.writer(), progress=progress, **settings)

@@ -1,17 +1,20 @@
 """What every command shares: flags parsed, help printed, mistakes told in one line with status 2."""
 
 import contextlib
+import io
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
-from gemfilter_jax.cli import options
-from gemfilter_jax.errors import UserError
+from gemfilter_jax.cli import options, signals
+from gemfilter_jax.errors import UserError, out_of_memory, printable
+from gemfilter_jax.settings import LARGEST_COUNT
 
 _MISTAKE = 2
-_INTERRUPTED = 130
 
 
 def run(
@@ -37,16 +40,19 @@ def run(
 
     def parse(argv: list[str]) -> list[str]:
         if any(argument in ("-h", "-help", "--help") for argument in argv[1:]):
-            with _mistakes_told(argv[0]):
-                print(f"{doc.strip()}\n{values.get_help()}", flush=True)
+            with mistakes_told(argv[0]):
+                print(f"{doc.strip()}\n{values.get_help()}")
             sys.exit(0)
         values.append_flag_values(flags.FLAGS)
-        try:
-            arguments = values(argv)
-        except flags.Error as error:
-            _fail(argv[0], str(error))
-        if len(arguments) - 1 > bool(positional) and not several:
-            _fail(argv[0], f"unexpected argument {arguments[-1]!r}; flags begin with --")
+        with mistakes_told(argv[0]):
+            _check_text(argv[1:])
+            try:
+                arguments = values(argv)
+            except flags.Error as error:
+                raise UserError(" ".join(str(error).split())) from error
+            _check_numbers(values)
+            if len(arguments) - 1 > bool(positional) and not several:
+                raise UserError(f"unexpected argument {arguments[-1]!r}; flags begin with --")
         flags.FLAGS.mark_as_parsed()
         if flags.FLAGS["verbosity"].using_default_value:
             flags.FLAGS.verbosity = logging.WARNING
@@ -54,27 +60,83 @@ def run(
 
     def guarded(arguments: list[str]) -> None:
         # Mistakes are told within the run as well, because a process that leaves it by an exception ends there.
-        with _mistakes_told(arguments[0]), options.joined(values), _mistakes_told(arguments[0]):
+        with mistakes_told(arguments[0]), options.joined(values), mistakes_told(arguments[0]):
             main(arguments[1:])
 
-    app.run(guarded, flags_parser=parse)
+    _open_streams()
+    with signals.answered():
+        app.run(guarded, flags_parser=parse)
+
+
+def _open_streams() -> None:
+    """Give closed standard streams a file, so that no other file takes their place; escape what cannot be encoded."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    closed = sys.stdout is None
+    sys.stdout, sys.stderr = (
+        stream or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - open as long as the process
+        for stream in (sys.stdout, sys.stderr)
+    )
+    if closed:
+        _fail(sys.argv[0], "standard output is closed; send it to a file or to /dev/null")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _check_text(arguments: list[str]) -> None:
+    """Raise a `UserError` if an argument is not UTF-8; Python gives such bytes as halves of surrogate pairs."""
+    for argument in arguments:
+        try:
+            argument.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UserError(f"argument {argument}: not UTF-8 at character {error.start}") from error
+
+
+def _check_numbers(values: flags.FlagValues) -> None:
+    """Raise a `UserError` if a flag is not finite, or is a number that programs cannot count to."""
+    for name in values:
+        most: Any = getattr(values[name].parser, "upper_bound", None)
+        value = values[name].value
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, float) and not math.isfinite(one):
+                raise UserError(f"flag --{name}={one}: expected a finite number")
+            if isinstance(one, int) and most is None and abs(one) > LARGEST_COUNT:
+                raise UserError(f"flag --{name}={one}: expected at most {LARGEST_COUNT:,}")
 
 
 @contextlib.contextmanager
-def _mistakes_told(program: str) -> Iterator[None]:
+def mistakes_told(program: str) -> Iterator[None]:
+    """Print a mistake, a full disk or too little memory as one line, and exit."""
     try:
         yield
+        sys.stdout.flush()
     except UserError as error:
         _fail(program, str(error))
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        sys.exit(_INTERRUPTED)
     except BrokenPipeError:
-        # The reader of our output has gone; nobody is left to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()  # its reader has gone; nobody is left to tell
         sys.exit(0)
+    except OSError as error:
+        _fail(program, f"{error.filename or 'standard output'}: {error.strerror or error}")
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        _fail(program, "memory is too small for this; give a shorter text, a smaller model or --weights=int8")
 
 
-def _fail(program: str, message: str) -> None:
-    print(f"{os.path.basename(program)}: {' '.join(message.split())}", file=sys.stderr)
+def _fail(program: str, message: str) -> NoReturn:
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    _discard_output()
+    with contextlib.suppress(OSError):
+        print(f"{os.path.basename(program)}: {printable(message)}", file=sys.stderr, flush=True)
     sys.exit(_MISTAKE)
+
+
+def _discard_output() -> None:
+    """Send what is left in the buffer of standard output nowhere, so that Python's own flush at exit cannot fail."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from gemfilter_jax import files
-from gemfilter_jax.cli import command, options
+from gemfilter_jax.cli import command, options, signals
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.evals import result_file
 from gemfilter_jax.evals.tasks import TASKS
@@ -25,7 +25,6 @@ from gemfilter_jax.parallel import processes
 from gemfilter_jax.settings import Option
 
 if TYPE_CHECKING:  # commands parse their flags before they import JAX, so that a mistake is told at once
-    from collections.abc import Iterator
     from typing import Any
 
     from gemfilter_jax.evals.runner import Contestant
@@ -89,11 +88,13 @@ def main(_: list[str]) -> None:
     if not task.sized and FLAGS["lengths"].present:
         raise UserError(f"--lengths means nothing to --task={task.name}, whose texts have lengths of their own")
     shard = _shard()
-    with result_file.locked(path) if path else contextlib.nullcontext(), _way_on(path):
-        _evaluate(task, lengths, shard, path)
+    if path:
+        signals.say_when_stopped(f"stopped; the same command goes on from {path}")
+    with files.growing(path) if path else contextlib.nullcontext() as output:
+        _evaluate(task, lengths, shard, output)
 
 
-def _evaluate(task: "Task", lengths: list[int], shard: tuple[int, int], path: pathlib.Path | None) -> None:
+def _evaluate(task: "Task", lengths: list[int], shard: tuple[int, int], output: files.GrowingFile | None) -> None:
     """Run what is left of a run, and print the table of the whole."""
     from gemfilter_jax.evals import runner
     from gemfilter_jax.reporting import score_tables, terminal
@@ -107,30 +108,19 @@ def _evaluate(task: "Task", lengths: list[int], shard: tuple[int, int], path: pa
         tokenizer = model.checkpoint.tokenizer
         asked = runner.trials(task, tokenizer, lengths, contestants, shard=shard)
     heading = _heading(task, lengths, contestants, model, len(asked), shard)
-    lines = list(result_file.resume(path, heading, asked).lines) if path else []
+    lines = list(result_file.resume(output, heading, asked).lines) if output else []
     done = processes.of_first(len(lines))
     with score_tables.running(progress, lines, len(asked), heading["main_score"]) as report:
         for trial, outcome in runner.run(model, task, asked[done:], answer=FLAGS.answer):
             lines.append(result_file.Line.of(trial, outcome))
-            if path:
-                result_file.append(path, lines[-1])
+            if output:
+                result_file.append(output, lines[-1])
             report(lines[-1])
     if processes.is_first():
         results = result_file.ResultFile(heading, tuple(lines))
         terminal.print_table(score_tables.rich_table(results))
         for remark in score_tables.remarks(results):
             print(remark, file=sys.stderr)
-
-
-@contextlib.contextmanager
-def _way_on(path: pathlib.Path | None) -> "Iterator[None]":
-    """Tell whoever interrupts a run that its results are not lost."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if path:
-            print(f"\nstopped; the same command goes on from {path}", file=sys.stderr, end="")
-        raise
 
 
 def _heading(

@@ -13,13 +13,14 @@ line for each, with the question.
   {"prompt_file": "book.txt", "question": "Who is the narrator?", "id": "book 1"}
   {"prompt": "A long text, and the question that it ends in?"}
 
-prompt_file is relative to the folder of the requests; question and id, a string or a number, may be left out. --output
-gets one line for each request, in their order: request (its line, from 1), of (a digest of that line), id if it has
-one, and then either the JSON above, with timings of the whole batch, or error. Request n draws with --seed + n - 1.
+prompt_file is relative to the folder of the requests, and lies inside it unless --outside_files is given; question and
+id, a string or a number, may be left out. Blank lines are passed over. --output gets one line for each request, in
+their order: request (its line, from 1), of (a digest of that line), id if it has one, and then either the JSON above,
+with timings of the whole batch, or error. Request n draws with --seed + n - 1.
 
 The output grows by whole lines. If a run is cut off, the same command continues after the last of them. Existing lines
-stay, answers and errors alike, even if flags differ. If their requests have changed, the run is refused. More requests
-may be added at the end.
+stay, answers and errors alike, even if flags differ. If their requests have changed, the run is refused, and so is a
+second run with the same --output at the same time. More requests may be added at the end.
 """
 
 import dataclasses
@@ -33,7 +34,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from gemfilter_jax import files
-from gemfilter_jax.cli import command, options
+from gemfilter_jax.cli import command, options, signals
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.parallel import processes
 from gemfilter_jax.serving import requests_file
@@ -65,8 +66,14 @@ flags.DEFINE_string("output", None, "With --prompts: file that answers are appen
 flags.DEFINE_integer(
     "batch", 8, "With --prompts: requests answered together. Fewer take less memory.", lower_bound=1, flag_values=FLAGS
 )
+flags.DEFINE_bool(
+    "outside_files",
+    False,
+    "With --prompts: read each prompt_file that there is, not only those in the folder of the requests.",
+    flag_values=FLAGS,
+)
 _OF_ONE = ("prompt_file", "question", "format", "report", "show_kept", "document_cache")
-_OF_MANY = ("output", "batch")
+_OF_MANY = ("output", "batch", "outside_files")
 
 
 def main(_: list[str]) -> None:
@@ -90,10 +97,12 @@ def _answer_requests() -> None:
         raise UserError("--prompts needs --output=FILE, which the answers are added to")
     if processes.is_first():
         files.check_writable(FLAGS.output, "output")
+        signals.say_when_stopped(f"stopped; the same command goes on from {FLAGS.output}")
     output = FLAGS.output if processes.is_first() else os.devnull
-    begun = requests_file.resume(pathlib.Path(FLAGS.prompts), pathlib.Path(output))
-    begun = dataclasses.replace(begun, finished=processes.of_first(begun.finished))
-    failed = _answer_rest(begun) if begun.finished < begun.total else 0
+    with files.growing(pathlib.Path(output)) as file:
+        begun = requests_file.resume(pathlib.Path(FLAGS.prompts), file)
+        begun = dataclasses.replace(begun, finished=processes.of_first(begun.finished))
+        failed = _answer_rest(begun) if begun.finished < begun.total else 0
     if not processes.is_first():
         return
     answered = begun.total - begun.finished - failed
@@ -111,6 +120,7 @@ def _answer_rest(begun: requests_file.Run) -> int:
             begun,
             batch=FLAGS.batch,
             method=method,
+            outside=FLAGS.outside_files,
             progress=functools.partial(progress, "answering"),
             **options.answer_settings(FLAGS),
         )

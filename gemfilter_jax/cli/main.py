@@ -14,30 +14,42 @@
 gemfilter COMMAND --help tells a command's flags; gemfilter --version tells the version.
 """
 
-import difflib
 import importlib
-import importlib.metadata
 import sys
+
+from gemfilter_jax.cli import signals
 
 COMMANDS = ("generate", "chat", "select", "bench", "evaluate", "compare", "calibrate", "fetch", "convert", "plan")
 
 
 def main() -> None:
     """Run the command named by the first argument."""
+    signals.quiet()
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("--help", "-h", "help"):
-        print(str(__doc__).strip())
+        _say(str(__doc__).strip())
         return
     if name == "--version":
-        print(f"gemfilter {importlib.metadata.version('gemfilter-jax')}")
+        from importlib import metadata
+
+        _say(f"gemfilter {metadata.version('gemfilter-jax')}")
         return
     if name not in COMMANDS:
+        import difflib
+
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"one of {', '.join(COMMANDS)}"
         print(f"gemfilter: unknown command {name!r}; {hint}", file=sys.stderr)
         sys.exit(2)
     sys.argv = [f"gemfilter {name}", *sys.argv[2:]]
     importlib.import_module(f"gemfilter_jax.cli.{name}").run()
+
+
+def _say(text: str) -> None:
+    from gemfilter_jax.cli import command
+
+    with command.mistakes_told("gemfilter"):
+        print(text)
 
 
 if __name__ == "__main__":

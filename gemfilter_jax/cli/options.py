@@ -283,10 +283,10 @@ def read_prompt(values: flags.FlagValues) -> str:
       UserError: the prompt is missing, empty, or not UTF-8.
     """
     if values.prompt_file is None:
-        if sys.stdin.isatty():
+        if sys.stdin is None or sys.stdin.isatty():
             raise UserError("no prompt; give --prompt_file=FILE or send text to standard input")
         name = "standard input"
-        text = files.decoded(sys.stdin.buffer.read(), name)
+        text = files.read_stream(sys.stdin.buffer, name)
     else:
         name = f"--prompt_file={values.prompt_file}"
         text = files.read_text(pathlib.Path(values.prompt_file), name)

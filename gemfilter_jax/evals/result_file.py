@@ -4,12 +4,11 @@ A file grows by whole lines, so that a run that was killed goes on where it stop
 these lines alone.
 """
 
-import contextlib
 import dataclasses
 import json
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from gemfilter_jax.errors import UserError
 if TYPE_CHECKING:
     from gemfilter_jax.evals.example import Outcome
     from gemfilter_jax.evals.runner import Trial
+    from gemfilter_jax.files import GrowingFile
 
 _WHERE_IT_RAN = "environment"
 _LONGEST = 1e9  # seconds
@@ -161,31 +161,25 @@ class ResultFile:
     remarks: tuple[str, ...] = ()
 
 
-def resume(path: pathlib.Path, heading: Mapping[str, Any], asked: Sequence["Trial"]) -> ResultFile:
-    """Make a result file, or go on with one: returns what it holds and cuts a torn last line off.
+def resume(output: "GrowingFile", heading: Mapping[str, Any], asked: Sequence["Trial"]) -> ResultFile:
+    """Begin a result file, or go on with one: returns what it holds and cuts a torn last line off.
 
     Raises:
       UserError: the file belongs to another run or is no result file, or cannot be written.
     """
     first = (json.dumps(heading) + "\n").encode()
-    try:
-        path.touch()
-        with path.open("r+b") as file:
-            held = file.read()
-            whole = [line for line in held.splitlines(keepends=True) if line.endswith(b"\n")]
-            if whole:
-                found = _checked(path, whole, json.loads(first), asked)
-                file.truncate(sum(map(len, whole)))
-                return found
-            start = first[: first.index(b",")]
-            if not (start.startswith(held) or held.startswith(start)):
-                raise UserError(f"{path}: is no file that gemfilter evaluate has written; give a new one")
-            file.seek(0)
-            file.truncate()
-            file.write(first)
-            return ResultFile(heading, ())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+    held = output.held.read()
+    whole = [line for line in held.splitlines(keepends=True) if line.endswith(b"\n")]
+    if whole:
+        found = _checked(output.path, whole, json.loads(first), asked)
+        output.cut(sum(map(len, whole)))
+        return found
+    start = first[: first.index(b",")]
+    if not (start.startswith(held) or held.startswith(start)):
+        raise UserError(f"{output.path}: is no file that gemfilter evaluate has written; give a new one")
+    output.cut(0)
+    output.append(first)
+    return ResultFile(heading, ())
 
 
 def _checked(
@@ -222,44 +216,9 @@ def _difference(name: str, found: Any, now: Any) -> str:
     return f"its field {name!r} is {was}, now it is {is_now}"
 
 
-@contextlib.contextmanager
-def locked(path: pathlib.Path) -> Iterator[None]:
-    """Keep other runs from writing a result file, where its file system has locks. No empty file is left.
-
-    Raises:
-      UserError: another run is writing it, or it cannot be written.
-    """
-    import fcntl
-
-    try:
-        file = path.open("ab")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{path}: another run is writing it; wait for that, or give a new file") from error
-        except OSError:
-            pass  # some network file systems have no locks
-        try:
-            yield
-        finally:
-            if path.exists() and not path.stat().st_size:
-                path.unlink()
-
-
-def append(path: pathlib.Path, line: Line) -> None:
-    """Add a line.
-
-    Raises:
-      UserError: the file cannot be written.
-    """
-    try:
-        with path.open("ab") as file:
-            file.write((json.dumps(dataclasses.asdict(line)) + "\n").encode())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+def append(output: "GrowingFile", line: Line) -> None:
+    """Add a line; raises as `GrowingFile.append`."""
+    output.append((json.dumps(dataclasses.asdict(line)) + "\n").encode())
 
 
 def read(paths: Iterable[pathlib.Path]) -> ResultFile:

@@ -6,9 +6,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-import jax
-
-from gemfilter_jax.errors import UserError
+from gemfilter_jax.errors import UserError, out_of_memory
 from gemfilter_jax.evals import result_file
 from gemfilter_jax.evals.example import Example, Outcome
 from gemfilter_jax.parallel import processes
@@ -19,9 +17,6 @@ if TYPE_CHECKING:
     from gemfilter_jax.evals.task import Task
     from gemfilter_jax.methods.base import Method
     from gemfilter_jax.pipeline import Document, Pipeline
-
-
-_OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,8 +105,8 @@ def run(
                 yield trial, _outcome(own, task, trial, document, answer=answer)
             except UserError as error:
                 yield trial, Outcome(error=str(error))
-            except jax.errors.JaxRuntimeError as error:
-                if _OUT_OF_MEMORY not in str(error) or processes.is_one_of_several():
+            except Exception as error:
+                if not out_of_memory(error) or processes.is_one_of_several():
                     raise
                 yield trial, Outcome(error="the device's memory is too small")
 

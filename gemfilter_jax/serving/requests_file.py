@@ -7,17 +7,17 @@ stopped.
 import dataclasses
 import functools
 import hashlib
-import io
 import itertools
 import json
 import math
 import os
 import pathlib
+import stat
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from gemfilter_jax import files
-from gemfilter_jax.errors import UserError
+from gemfilter_jax.errors import UserError, out_of_memory
 from gemfilter_jax.parallel import processes
 
 if TYPE_CHECKING:  # so that a command reports mistakes before it imports JAX
@@ -26,6 +26,9 @@ if TYPE_CHECKING:  # so that a command reports mistakes before it imports JAX
     from gemfilter_jax.pipeline import Pipeline, Result
 
 _FIELDS = {"prompt": str, "prompt_file": str, "question": str, "id": (str, int, float)}
+_LONGEST_LINE = 1 << 28  # bytes
+_MARK = "\ufeff".encode()
+_NO_MEMORY = "memory is too small for this request"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,17 +36,15 @@ class Run:
     """A requests file and the progress of its output.
 
     Attributes:
-      requests, output: the files.
+      requests, output: the files; the output is ready for the line of the next request.
       total: number of requests.
       finished: number of requests, from the first, that have a line in the output.
-      size: total bytes of these lines.
     """
 
     requests: pathlib.Path
-    output: pathlib.Path
+    output: files.GrowingFile
     total: int
     finished: int
-    size: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,28 +63,30 @@ class _Request:
     error: str | None = None
 
 
-def resume(requests: pathlib.Path, output: pathlib.Path) -> Run:
-    """Find out how far a run has come, without changing any file.
+def resume(requests: pathlib.Path, output: files.GrowingFile) -> Run:
+    """Find out how far a run has come. Of the output a torn last line is cut off, and nothing else changed.
 
     Raises:
-      UserError: the requests cannot be read, the output cannot be written, or an output line answers another request.
+      UserError: the requests cannot be read, or an output line answers another request.
     """
-    total = finished = size = 0
-    with _opened_requests(requests) as asked, _opened_output(output) as answered:
-        for total, line in enumerate(asked, 1):
-            answer = answered.readline()
-            if not answer.startswith(_beginning(total, line)[: len(answer)]):
-                raise UserError(
-                    f"{output}: line {total} does not answer line {total} of {requests}; were the requests changed, or "
-                    "is this another file? Give a new one"
-                )
-            if answer.endswith(b"\n"):
-                finished, size = total, size + len(answer)
-        if answered.readline():
-            raise UserError(f"{output}: line {total + 1} answers nothing: {requests} has {total} lines; give a new one")
+    total = finished = size = number = 0
+    for total, (number, line) in enumerate(_lines(requests), 1):
+        answer = output.held.readline()
+        if not answer.startswith(_beginning(number, line)[: len(answer)]):
+            raise UserError(
+                f"{output.path}: line {total} does not answer line {number} of {requests}; were the requests changed, "
+                "or is this another file? Give a new one"
+            )
+        if answer.endswith(b"\n"):
+            finished, size = total, size + len(answer)
+    if output.held.readline():
+        raise UserError(
+            f"{output.path}: line {total + 1} answers nothing: {requests} has {total} requests; give a new one"
+        )
     if not total:
         raise UserError(f"{requests}: is empty; give one request a line")
-    return Run(requests, output, total, finished, size)
+    output.cut(size)
+    return Run(requests, output, total, finished)
 
 
 def answer(
@@ -95,6 +98,7 @@ def answer(
     max_new_tokens: int,
     sampling: "Sampling",
     seed: int,
+    outside: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
     """Answer the remaining requests of a run; returns how many failed.
@@ -102,6 +106,7 @@ def answer(
     Args:
       batch: number of requests that are answered and written together.
       seed: request n is sampled with seed + n - 1.
+      outside: whether a `prompt_file` may lie outside the folder of the requests.
       progress: called with (finished requests, all requests) before each batch.
 
     Raises:
@@ -110,34 +115,35 @@ def answer(
     """
     model.check(method, max_new_tokens)
     ask = functools.partial(model.generate_batch, method=method, max_new_tokens=max_new_tokens, sampling=sampling)
-    failed, finished, size = 0, run.finished, run.size
-    for requests in _batches(_left(run), batch):
+    failed, finished = 0, run.finished
+    for requests in _batches(_left(run, outside), batch):
         if progress:
             progress(finished, run.total)
         answers = _answers(ask, requests, seed)
-        size = _append(run.output, size, answers)
+        if processes.is_first():
+            run.output.append("".join(f"{json.dumps(line)}\n" for line in answers).encode())
         finished += len(answers)
         failed += sum("error" in line for line in answers)
     return failed
 
 
-def _opened_requests(path: pathlib.Path) -> BinaryIO:
+def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file that are not blank, each with its number from 1, without a byte-order mark."""
     try:
-        file = path.open("rb")
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise UserError(f"{path}: is no plain file; give one")
+        with path.open("rb") as file:
+            for number in itertools.count(1):
+                line = file.readline(_LONGEST_LINE + 1)
+                if not line:
+                    return
+                if len(line) > _LONGEST_LINE:
+                    raise UserError(f"{path}: line {number} is longer than {_LONGEST_LINE >> 20} MiB")
+                line = line.removeprefix(_MARK) if number == 1 else line
+                if line.strip():
+                    yield number, line
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    if not file.seekable():
-        raise UserError(f"{path}: can be read only once; give a file")
-    return file
-
-
-def _opened_output(path: pathlib.Path) -> BinaryIO:
-    try:
-        return path.open("r+b")
-    except FileNotFoundError:
-        return io.BytesIO()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
 def _heading(number: int, line: bytes) -> dict[str, Any]:
@@ -148,10 +154,9 @@ def _beginning(number: int, line: bytes) -> bytes:
     return json.dumps(_heading(number, line)).removesuffix("}").encode()
 
 
-def _left(run: Run) -> Iterator[_Request]:
-    with run.requests.open("rb") as lines:
-        for number, line in itertools.islice(enumerate(lines, 1), run.finished, run.total):
-            yield _read(number, line, run.requests.parent)
+def _left(run: Run, outside: bool) -> Iterator[_Request]:
+    for number, line in itertools.islice(_lines(run.requests), run.finished, run.total):
+        yield _read(number, line, run.requests.parent, outside)
 
 
 def _batches(requests: Iterator[_Request], size: int) -> Iterator[list[_Request]]:
@@ -167,23 +172,23 @@ def _batches(requests: Iterator[_Request], size: int) -> Iterator[list[_Request]
         yield batch
 
 
-def _read(number: int, line: bytes, folder: pathlib.Path) -> _Request:
+def _read(number: int, line: bytes, folder: pathlib.Path, outside: bool) -> _Request:
     heading = _heading(number, line)
     try:
-        fields = _object(line)
+        fields = {name: value for name, value in _object(line).items() if value is not None}
         if "id" in fields:
             _check("id", fields["id"])
             heading["id"] = fields["id"]
         for name, value in fields.items():
             _check(name, value)
-        return _Request(heading, _text(fields, folder), fields.get("question"))
+        return _Request(heading, _text(fields, folder, outside), fields.get("question"))
     except UserError as error:
         return _Request(heading, error=str(error))
+    except MemoryError:
+        return _Request(heading, error=_NO_MEMORY)
 
 
 def _object(line: bytes) -> dict[str, Any]:
-    if not line.strip():
-        raise UserError("the line is empty; a request is a JSON object")
     text = files.decoded(line, "the line")
     try:
         fields = json.loads(text)
@@ -209,12 +214,19 @@ def _check(name: str, value: Any) -> None:
             raise UserError(f"{name} has half of a surrogate pair at character {error.start}") from error
 
 
-def _text(fields: dict[str, Any], folder: pathlib.Path) -> str:
+def _text(fields: dict[str, Any], folder: pathlib.Path, outside: bool) -> str:
     if ("prompt" in fields) == ("prompt_file" in fields):
         raise UserError("give either prompt or prompt_file, and not both")
     if "prompt" in fields:
         return fields["prompt"]
-    return files.read_text(folder / fields["prompt_file"], f"prompt_file {fields['prompt_file']!r}")
+    name = f"prompt_file {fields['prompt_file']!r}"
+    try:
+        inside = (folder / fields["prompt_file"]).resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError, RuntimeError) as error:  # a NUL, a loop of symbolic links
+        raise UserError(f"{name}: cannot be read ({error})") from error
+    if not (inside or outside):
+        raise UserError(f"{name}: lies outside the folder of the requests; --outside_files allows that")
+    return files.read_text(folder / fields["prompt_file"], name, plain=True)
 
 
 def _answers(ask: "Callable[..., list[Result]]", requests: Sequence[_Request], seed: int) -> list[dict[str, Any]]:
@@ -238,22 +250,10 @@ def _outcomes(ask: "Callable[..., list[Result]]", requests: Sequence[_Request], 
         if len(requests) == 1:
             return [{"error": str(error)}]
         return [outcome for request in requests for outcome in _outcomes(ask, [request], seed)]
+    except Exception as error:
+        if not out_of_memory(error) or processes.is_one_of_several():
+            raise
+        if len(requests) == 1:
+            return [{"error": _NO_MEMORY}]
+        return [outcome for request in requests for outcome in _outcomes(ask, [request], seed)]
     return [result.fields for result in results]
-
-
-def _append(output: pathlib.Path, size: int, answers: Sequence[dict[str, Any]]) -> int:
-    """Write lines after the first `size` bytes of the output and sync them to disk; returns its new size.
-
-    If several processes answer the same requests, only the first one writes.
-    """
-    data = "".join(f"{json.dumps(line)}\n" for line in answers).encode()
-    if processes.is_first():
-        try:
-            with output.open("ab") as file:
-                file.truncate(size)
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise UserError(f"{output}: cannot be written ({error.strerror})") from error
-    return size + len(data)

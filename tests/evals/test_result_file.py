@@ -13,6 +13,7 @@ import gguf_files
 import pytest
 from model_files import GOLDEN, Folder
 
+from gemfilter_jax import files
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.evals import result_file
 from gemfilter_jax.evals.example import Example, Outcome
@@ -55,10 +56,16 @@ def path(tmp_path):
 
 def write(path, heading=HEADING, lines=LINES):
     """A file as a run would leave it."""
-    assert result_file.resume(path, heading, TRIALS).lines == ()
-    for line in lines:
-        result_file.append(path, line)
+    with files.growing(path) as output:
+        assert result_file.resume(output, heading, TRIALS).lines == ()
+        for line in lines:
+            result_file.append(output, line)
     return path
+
+
+def resumed(path, heading=HEADING):
+    with files.growing(path) as output:
+        return result_file.resume(output, heading, TRIALS)
 
 
 def test_a_line_says_what_was_asked_and_answered(path):
@@ -90,14 +97,14 @@ def test_a_run_goes_on_and_a_torn_line_is_cut_off(path):
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"length": 100, "numb')
     elsewhere = HEADING | {"environment": {"device": "gpu"}}
-    assert result_file.resume(path, elsewhere, TRIALS).lines == tuple(LINES[:2])
+    assert resumed(path, elsewhere).lines == tuple(LINES[:2])
     assert path.read_bytes() == whole
 
 
 @pytest.mark.parametrize("left", [b"", b'{"com', b'{"command": "evaluate", "task": "nee'])
 def test_a_torn_heading_is_written_anew(path, left):
     path.write_bytes(left)
-    assert result_file.resume(path, HEADING, TRIALS).lines == ()
+    assert resumed(path).lines == ()
     assert json.loads(path.read_text()) == HEADING
 
 
@@ -132,7 +139,7 @@ def test_a_torn_heading_is_written_anew(path, left):
 def test_another_run_is_left_alone(path, heading, lines, words):
     before = write(path, heading, lines).read_bytes()
     with pytest.raises(UserError, match=words):
-        result_file.resume(path, HEADING, TRIALS)
+        resumed(path)
     assert path.read_bytes() == before
 
 
@@ -140,7 +147,7 @@ def test_another_run_is_left_alone(path, heading, lines, words):
 def test_a_file_of_somebody_else_is_left_alone(path, held):
     path.write_bytes(held)
     with pytest.raises(UserError, match="is no file that gemfilter evaluate has written"):
-        result_file.resume(path, HEADING, TRIALS)
+        resumed(path)
     assert path.read_bytes() == held
 
 
@@ -170,17 +177,10 @@ def test_a_file_of_somebody_else_is_left_alone(path, held):
 def test_a_damaged_line_is_told_with_its_number(path, damaged):
     before = write(path).read_bytes() + damaged
     path.write_bytes(before)
-    for doing in (lambda: result_file.resume(path, HEADING, TRIALS), lambda: result_file.read([path])):
+    for doing in (lambda: resumed(path), lambda: result_file.read([path])):
         with pytest.raises(UserError, match=r"results\.jsonl: line 5 is n"):
             doing()
     assert path.read_bytes() == before
-
-
-def test_a_file_that_cannot_be_written_is_told(tmp_path):
-    with pytest.raises(UserError, match="cannot be written"):
-        result_file.resume(tmp_path / "missing" / "results.jsonl", HEADING, TRIALS)
-    with pytest.raises(UserError, match="cannot be written"):
-        result_file.append(tmp_path, LINES[0])
 
 
 def test_files_of_one_task_are_taken_together(tmp_path):
@@ -264,30 +264,10 @@ def test_shards_are_of_one_run(changes, remarks, tmp_path):
 
 
 def test_shards_are_in_order_of_their_numbers(tmp_path):
-    files = [
+    shards = [
         write(tmp_path / f"{index}.jsonl", HEADING | {"shard": f"{index}/11", "trials": 0}, []) for index in (10, 2)
     ]
-    assert result_file.read(files).remarks == ("of 11 shards of a run only these are given: 2, 10",)
-
-
-def test_a_file_is_written_by_one_run_at_a_time(path):
-    with result_file.locked(path):
-        with pytest.raises(UserError, match="another run is writing it"), result_file.locked(path):
-            pass
-        write(path)
-    with result_file.locked(path):
-        assert result_file.resume(path, HEADING, TRIALS).lines == tuple(LINES)
-    with pytest.raises(UserError, match="cannot be written"), result_file.locked(path.parent):
-        pass
-    with pytest.raises(OSError, match="of something else"), result_file.locked(path):
-        raise OSError("of something else")
-    assert path.exists()
-
-
-def test_a_run_that_writes_nothing_leaves_no_file(path):
-    with pytest.raises(UserError, match="no such model"), result_file.locked(path):
-        raise UserError("no such model")
-    assert not path.exists()
+    assert result_file.read(shards).remarks == ("of 11 shards of a run only these are given: 2, 10",)
 
 
 def test_lines_are_sorted_by_length_method_and_number(tmp_path):
