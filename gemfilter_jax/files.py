@@ -93,10 +93,11 @@ def aside(target: pathlib.Path, *, mode: int | None = None) -> Iterator[BinaryIO
       mode: of the new file; None for the mode of the file that it replaces, or that of any new file.
     """
     descriptor, name = tempfile.mkstemp(dir=target.absolute().parent, prefix=_ASIDE[0], suffix=_ASIDE[1])
+    os.close(descriptor)
     path = pathlib.Path(name)
     _asides.add(path)
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with path.open("wb") as file:
             _try_lock(file)
             yield file
             file.flush()

@@ -1,20 +1,23 @@
 """A document read once for many questions: its keys and values up to the filter layer, in memory and on disk."""
 
 import dataclasses
+import functools
 import hashlib
 import pathlib
-import tempfile
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
+from absl import logging
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
+from gemfilter_jax import files
 from gemfilter_jax.buckets import bucket
 from gemfilter_jax.config import LongRope, ModelConfig
-from gemfilter_jax.errors import UserError
+from gemfilter_jax.errors import reason
 from gemfilter_jax.generate.loop import pad
 from gemfilter_jax.methods.base import Kept, Method, Progress, Reader
 from gemfilter_jax.methods.gemfilter import filtering, scoring_pass, segments
@@ -28,7 +31,8 @@ from gemfilter_jax.timing import Stopwatch
 if TYPE_CHECKING:
     from gemfilter_jax.methods.gemfilter.method import GemFilter
 
-_VERSION = "3"  # of the saved format
+_VERSION = "4"  # of the saved format
+_PRIVATE = 0o700, 0o600  # modes of the folder and of a reading, from which the text could be told
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,14 +126,12 @@ def _rows(model: Decoder) -> int:
 
 
 def key(model: Decoder, prompt: Prompt, method: "GemFilter") -> str:
-    """Hexadecimal digest of everything a reading depends on: weights, filter pass, batches, the document's token ids.
-
-    Of each weight array with several axes, only the last row enters the digest.
-    """
+    """Hexadecimal digest of all that a reading depends on: weights, filter pass, batches, the document's token ids."""
     digest = hashlib.sha256(_VERSION.encode())
     digest.update(repr(model.config).encode())
-    for parameter in jax.tree.leaves(model):
-        digest.update(collectives.to_host(parameter[..., -1, :] if parameter.ndim > 1 else parameter).tobytes())
+    leaves = jax.tree.leaves(model)
+    digest.update(repr([(leaf.shape, leaf.dtype) for leaf in leaves]).encode())
+    digest.update(np.asarray(_sums(leaves)).tobytes())
     digest.update(repr(_settings(model.config, method)).encode())
     beginnings = _beginnings(model.config, prompt, method)
     digest.update(repr(([len(group) for group in _groups(model, method, beginnings)], _rows(model))).encode())
@@ -138,23 +140,54 @@ def key(model: Decoder, prompt: Prompt, method: "GemFilter") -> str:
     return digest.hexdigest()
 
 
+@jax.jit
+def _sums(leaves: Sequence[jax.Array]) -> jax.Array:
+    """uint32 [n, 2], two sums over the bits of each array, made on its devices; the order of adding does not matter.
+
+    Each value is multiplied by an odd number that depends on its place, so that a change of one value changes the first
+    sum; the second one is mixed (MurmurHash3's finaliser).
+    """
+    sums = []
+    for leaf in leaves:
+        bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")).astype(jnp.uint32)
+        place = jnp.zeros(leaf.shape, jnp.uint32)
+        for axis, size in enumerate(leaf.shape):
+            place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+        mixed = _mixed(place)
+        sums.append(jnp.stack([jnp.sum(bits * (mixed | 1)), jnp.sum(_mixed(bits ^ mixed))]))
+    return jnp.stack(sums)
+
+
+def _mixed(bits: jax.Array) -> jax.Array:
+    for factor, shift in ((0x85EBCA6B, 16), (0xC2B2AE35, 13), (1, 16)):
+        bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
+    return bits
+
+
 def read(model: Decoder, prompt: Prompt, method: "GemFilter", *, progress: Progress | None = None) -> Reading:
     """Read a prompt's document, for this question and all others that leave its segments unchanged."""
     beginnings = _beginnings(model.config, prompt, method)
-    longest = max(len(one.ids) for one in beginnings)
-    width = segments.width(longest)
+    total = sum(len(one.ids) for one in beginnings)
     states, done = [], 0
+    for inputs, tokens in _inputs(model, prompt, method, beginnings):
+        states.append(scoring_pass.read(model, *inputs, filter_layer=method.looks_at[-1]))
+        jax.block_until_ready(states[-1])
+        done += tokens
+        if progress:
+            progress(done, total)
+    return Reading(_settings(model.config, method), beginnings, states)
+
+
+def _inputs(
+    model: Decoder, prompt: Prompt, method: "GemFilter", beginnings: list[Beginning]
+) -> Iterator[tuple[tuple[Any, ...], int]]:
+    """For each group of beginnings the inputs of `scoring_pass.read` after the model, and their tokens."""
+    longest = max(len(one.ids) for one in beginnings)
     for group in _groups(model, method, beginnings):
         rows = sharding.evenly(group, _rows(model))
-        ids, lengths = pad([one.ids for one in rows], width)
+        ids, lengths = pad([one.ids for one in rows], segments.width(longest))
         scoring = _pass(model, method, longest - prompt.prefix_length, len(rows))
-        extents = lengths + prompt.suffix_length
-        states.append(scoring_pass.read(model, ids, lengths, extents, scoring, filter_layer=method.looks_at[-1]))
-        jax.block_until_ready(states[-1])
-        done += sum(len(one.ids) for one in group)
-        if progress:
-            progress(done, sum(len(one.ids) for one in beginnings))
-    return Reading(_settings(model.config, method), beginnings, states)
+        yield (ids, lengths, lengths + prompt.suffix_length, scoring), sum(len(one.ids) for one in group)
 
 
 @dataclasses.dataclass
@@ -197,49 +230,68 @@ class DocumentReader(Reader):
             return self._reading
 
     def _read_anew(self, prompt: Prompt, method: "GemFilter", progress: Progress | None) -> Reading:
-        saved = load(self.model, prompt, method, self.folder) if self.folder else None
+        if self.folder is None:
+            return read(self.model, prompt, method, progress=progress)
+        path = self.folder / key(self.model, prompt, method)
+        saved = load(self.model, prompt, method, path)
         if saved:
             return saved
         made = read(self.model, prompt, method, progress=progress)
-        if self.folder:
-            save(made, self.folder, key(self.model, prompt, method))
+        save(made, path)
         return made
 
 
-def save(reading: Reading, folder: pathlib.Path, name: str) -> None:
-    """Write a reading atomically to a folder of readings, under its `key`.
-
-    Raises:
-      UserError: the folder cannot be written.
-    """
+def save(reading: Reading, path: pathlib.Path) -> None:
+    """Write a reading to a file named by its `key`, whole or not at all; a file that cannot be written is told of."""
+    tensors = _tensors(reading.states)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.absolute(), prefix=".reading.") as aside:
-            written = pathlib.Path(aside) / "states"
-            with ocp.PyTreeCheckpointer() as checkpointer:
-                checkpointer.save(written, _as_tree(reading.states))
-            if not (folder / name).exists():
-                written.rename(folder.absolute() / name)
-    except OSError as error:
-        raise UserError(f"{folder}: the reading of the document cannot be written there ({error.strerror})") from error
+        path.parent.mkdir(_PRIVATE[0], parents=True, exist_ok=True)
+        files.sweep(path.parent)
+        with files.aside(path, mode=_PRIVATE[1]) as file:
+            save_file(tensors, file.name, {"digest": _digest(tensors)})
+    except (OSError, SafetensorError) as error:
+        logging.warning("%s: the reading of the document is not kept there (%s)", path.parent, reason(error))
 
 
-def load(model: Decoder, prompt: Prompt, method: "GemFilter", folder: pathlib.Path) -> Reading | None:
-    """The reading of a prompt's document from a folder of readings; None if it is missing or damaged."""
-    path = folder.absolute() / key(model, prompt, method)
-    if not path.is_dir():
-        return None
+def load(model: Decoder, prompt: Prompt, method: "GemFilter", path: pathlib.Path) -> Reading | None:
+    """The reading of a prompt's document from a file; None if it is missing, damaged or of another shape."""
+    beginnings = _beginnings(model.config, prompt, method)
+    run = functools.partial(scoring_pass.read, filter_layer=method.looks_at[-1])
+    shapes = [jax.eval_shape(run, model, *inputs) for inputs, _ in _inputs(model, prompt, method, beginnings)]
+    wanted = _tensors(shapes)
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            tree = checkpointer.metadata(path).item_metadata.tree
-            # Restored through the host, so that the arrays are not tied to the devices that wrote them.
-            arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-            stored = checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=arguments))
-        states = [KVCache(**jax.tree.map(jnp.asarray, one)) for one in stored]
-    except Exception:  # Orbax and TensorStore raise many types for a damaged checkpoint; the document is read again
+        if not path.is_file():
+            return None
+        with safe_open(path, framework="numpy") as file:
+            held = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - not a dict
+            if held != {name: one.shape for name, one in wanted.items()}:
+                return None
+            tensors = {name: file.get_tensor(name) for name in wanted}
+            sound = (file.metadata() or {}).get("digest") == _digest(tensors)
+    except (OSError, SafetensorError):
         return None
-    return Reading(_settings(model.config, method), _beginnings(model.config, prompt, method), states)
+    if not sound or any(tensors[name].dtype != one.dtype for name, one in wanted.items()):
+        return None
+    fields = [field.name for field in dataclasses.fields(KVCache)]
+    states = [
+        KVCache(**{field: jnp.asarray(tensors[f"{number}.{field}"]) for field in fields})
+        for number in range(len(shapes))
+    ]
+    return Reading(_settings(model.config, method), beginnings, states)
 
 
-def _as_tree(states: list[KVCache]) -> list[dict[str, jax.Array]]:
-    return [{field.name: getattr(state, field.name) for field in dataclasses.fields(state)} for state in states]
+def _tensors(states: Sequence[KVCache]) -> dict[str, Any]:
+    """The arrays of states by name, on the host if they are on a device."""
+    return {
+        f"{number}.{name}": jax.device_get(value) if isinstance(value, jax.Array) else value
+        for number, state in enumerate(states)
+        for name, value in vars(state).items()
+    }
+
+
+def _digest(tensors: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].shape} {tensors[name].dtype} ".encode())
+        digest.update(np.ascontiguousarray(tensors[name]).view(np.uint8).data)
+    return digest.hexdigest()

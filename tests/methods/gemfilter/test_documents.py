@@ -1,7 +1,13 @@
 """A document read once: the same scores and kept tokens as reading it anew, in memory and from disk, or none at all."""
 
 import dataclasses
+import resource
+import stat
+import subprocess
+import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -55,10 +61,18 @@ def test_other_questions_keep_what_they_keep_anew(length, change, suffix):
         np.testing.assert_array_equal(again, anew)
 
 
+def _path(model, prompt, method, folder):
+    return folder / documents.key(model, prompt, method)
+
+
 def _save(model, prompt, method, folder):
     made = documents.read(model, prompt, method)
-    documents.save(made, folder, documents.key(model, prompt, method))
+    documents.save(made, _path(model, prompt, method, folder))
     return made
+
+
+def _load(model, prompt, method, folder):
+    return documents.load(model, prompt, method, _path(model, prompt, method, folder))
 
 
 def test_a_saved_reading_is_the_same(tmp_path):
@@ -66,10 +80,20 @@ def test_a_saved_reading_is_the_same(tmp_path):
     folder = tmp_path / "new" / "folder"
     made = _save(model, prompt, _METHOD, folder)
     _save(model, prompt, _METHOD, folder)
-    loaded = documents.load(model, _prompt(1999, question=1), _METHOD, folder)
+    loaded = _load(model, _prompt(1999, question=1), _METHOD, folder)
     assert loaded is not None
     np.testing.assert_array_equal(loaded.scores(model, prompt, _METHOD), made.scores(model, prompt, _METHOD))
-    assert [path.name for path in folder.iterdir()] == [documents.key(model, prompt, _METHOD)]
+    (path,) = folder.iterdir()
+    assert path.name == documents.key(model, prompt, _METHOD)
+    assert [stat.S_IMODE(one.stat().st_mode) for one in (folder, path)] == [0o700, 0o600]
+
+
+def test_a_saved_reading_in_bfloat16(tmp_path):
+    model = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tiny.decoder())
+    prompt = _prompt(300)
+    made = _save(model, prompt, _METHOD, tmp_path)
+    loaded = _load(model, prompt, _METHOD, tmp_path)
+    np.testing.assert_array_equal(loaded.scores(model, prompt, _METHOD), made.scores(model, prompt, _METHOD))
 
 
 def _changed_text(model, prompt, method):
@@ -100,9 +124,9 @@ def _a_long_question(model, prompt, method):
 def test_a_reading_of_something_else_is_not_used(tmp_path, change):
     before = (tiny.decoder(), _prompt(1999), _METHOD)
     made = _save(*before, tmp_path)
-    assert documents.load(*before, tmp_path) is not None
+    assert _load(*before, tmp_path) is not None
     model, prompt, method = change(*before)
-    assert documents.load(model, prompt, method, tmp_path) is None
+    assert _load(model, prompt, method, tmp_path) is None
     if change in (_changed_text, _a_long_question):  # what may change between the questions of one document
         assert not made.fits(model.config, prompt, method)
 
@@ -115,16 +139,117 @@ def test_segments_that_passed_in_other_numbers_are_not_used(tmp_path):
     assert [piece.tolist() for piece in pieces] == [piece.tolist() for piece in same]
     assert [len(segments.groups(model.config, one, pieces)[0]) for one in (shorter, longer)] == [3, 2]
     _save(model, prompt, shorter, tmp_path)
-    assert documents.load(model, prompt, longer, tmp_path) is None
+    assert _load(model, prompt, longer, tmp_path) is None
 
 
-def test_a_damaged_reading_is_read_again(tmp_path):
+def test_every_weight_is_part_of_the_key():
+    """One value of each array changes, in its last bit, at a place that was drawn."""
+    model, prompt = tiny.decoder(), _prompt(300)
+    leaves, structure = jax.tree.flatten(model)
+    rng = np.random.default_rng(0)
+    keys = {documents.key(model, prompt, _METHOD)}
+    for number, leaf in enumerate(leaves):
+        changed = np.array(leaf)
+        bits = changed.reshape(-1).view(np.uint32)
+        bits[rng.integers(bits.size)] ^= 1
+        other = [*leaves[:number], jnp.asarray(changed), *leaves[number + 1 :]]
+        keys.add(documents.key(jax.tree.unflatten(structure, other), prompt, _METHOD))
+    assert len(keys) == 1 + len(leaves)
+
+
+def test_weights_in_another_order_are_other_weights():
+    model, prompt = tiny.decoder(), _prompt(300)
+    leaves, structure = jax.tree.flatten(model)
+    for number, leaf in enumerate(leaves):
+        if len(np.unique(np.array(leaf))) > 1:
+            swapped = np.array(leaf)
+            flat = swapped.reshape(-1)
+            first, second = 0, int(np.flatnonzero(flat != flat[0])[-1])
+            flat[[first, second]] = flat[[second, first]]
+            other = jax.tree.unflatten(structure, [*leaves[:number], jnp.asarray(swapped), *leaves[number + 1 :]])
+            assert documents.key(other, prompt, _METHOD) != documents.key(model, prompt, _METHOD)
+
+
+def _flip(path, place):
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(path.read_bytes()[:-1]),
+        lambda path: path.write_bytes(path.read_bytes() + b"0"),
+        lambda path: (path.unlink(), path.mkdir()),
+        *(lambda path, place=place: _flip(path, place) for place in (0, 9, 80, -1, -40_000, -90_001)),
+    ],
+)
+def test_a_damaged_reading_is_replaced(tmp_path, damage):
     model, prompt = tiny.decoder(), _prompt(700)
-    _save(model, prompt, _METHOD, tmp_path)
-    for path in (tmp_path / documents.key(model, prompt, _METHOD)).rglob("*"):
-        if path.is_file():
-            path.write_bytes(b"")
-    assert documents.load(model, prompt, _METHOD, tmp_path) is None
+    made = _save(model, prompt, _METHOD, tmp_path)
+    path = _path(model, prompt, _METHOD, tmp_path)
+    whole = path.read_bytes()
+    damage(path)
+    assert _load(model, prompt, _METHOD, tmp_path) is None
+    if not path.is_dir():
+        documents.save(made, path)
+        assert path.read_bytes() == whole
+
+
+def test_a_reading_of_another_shape_or_type_is_not_used(tmp_path):
+    """Even if its digest is right."""
+    model, prompt = tiny.decoder(), _prompt(700)
+    made = _save(model, prompt, _METHOD, tmp_path)
+    path = _path(model, prompt, _METHOD, tmp_path)
+    for change in (lambda keys: keys[..., :-1], lambda keys: keys.astype(jnp.bfloat16), lambda keys: keys[:, :, :-1]):
+        states = [dataclasses.replace(one, keys=change(one.keys)) for one in made.states]
+        documents.save(dataclasses.replace(made, states=states), path)
+        assert _load(model, prompt, _METHOD, tmp_path) is None
+    documents.save(dataclasses.replace(made, states=made.states * 2), path)
+    assert _load(model, prompt, _METHOD, tmp_path) is None
+
+
+def test_leftovers_of_a_killed_run_are_swept(tmp_path):
+    code = """
+import os, pathlib, sys
+from gemfilter_jax import files
+with files.aside(pathlib.Path(sys.argv[1]) / "reading") as file:
+    file.write(b"half")
+    file.flush()
+    if sys.argv[2] == "killed":
+        os._exit(9)
+    print("open", flush=True)
+    sys.stdin.read()
+"""
+    subprocess.run([sys.executable, "-c", code, tmp_path, "killed"], check=False)
+    with subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path, ""], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout.readline()
+        assert len(list(tmp_path.iterdir())) == 2
+        model, prompt = tiny.decoder(), _prompt(300)
+        _save(model, prompt, _METHOD, tmp_path)
+        held = {path.name for path in tmp_path.iterdir()}
+        assert len(held) == 2
+        assert documents.key(model, prompt, _METHOD) in held
+        other.stdin.close()
+    assert {path.name for path in tmp_path.iterdir()} == {"reading", documents.key(model, prompt, _METHOD)}
+
+
+def test_a_full_disk_costs_a_warning(tmp_path, caplog):
+    model, prompt = tiny.decoder(), _prompt(700)
+    made = documents.read(model, prompt, _METHOD)
+    path = _path(model, prompt, _METHOD, tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        documents.save(made, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "is not kept there" in caplog.text
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_long_rope_tells_documents_apart_by_the_table_of_the_whole_prompt():
