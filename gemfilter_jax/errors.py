@@ -17,6 +17,17 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def check_text(text: object, name: str) -> str:
+    """A text as it is; raises a `UserError`, which calls it `name`, if it is none, or has half of a surrogate pair."""
+    if not isinstance(text, str):
+        raise UserError(f"{name} is of type {type(text).__name__}, expected a string")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{name} has half of a surrogate pair at character {error.start}, expected UTF-8") from error
+    return text
+
+
 def reason(error: BaseException) -> str:
     """The first line of an exception's message, or the exception itself where it has none."""
     return (str(error).strip() or repr(error)).splitlines()[0]

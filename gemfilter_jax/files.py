@@ -24,8 +24,6 @@ _asides: set[pathlib.Path] = set()
 
 def check_writable(path: str, flag: str) -> None:
     """Raise a `UserError` that names `flag` if a file cannot be written to `path`; leaves no file behind."""
-    if not path:
-        raise UserError(f"--{flag} is empty; give a file name")
     try:
         target = _target(path)
         if target.is_dir():
@@ -44,6 +42,19 @@ def check_writable(path: str, flag: str) -> None:
         raise UserError(f"--{flag}={path}: cannot be written ({error.strerror or error})") from error
     except ValueError as error:  # the path contains a NUL
         raise UserError(f"--{flag}={path}: cannot be written ({error})") from error
+
+
+def check_folder(path: str, flag: str) -> None:
+    """Raise a `UserError` that names `flag` if a folder cannot be written or made; makes none."""
+    folder = _target(path)
+    there = next(one for one in (folder, *folder.parents) if one.exists())
+    if not there.is_dir():
+        raise UserError(f"--{flag}={path}: {there} is no folder; give one")
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise UserError(f"--{flag}={path}: cannot be written ({error.strerror or error})") from error
 
 
 def check_new_folder(folder: pathlib.Path) -> None:

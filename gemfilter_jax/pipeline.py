@@ -14,15 +14,20 @@ from gemfilter_jax import compile_cache, methods
 from gemfilter_jax.buckets import bucket
 from gemfilter_jax.checkpoints import Checkpoint, Opened, load_checkpoint, mesh_for, open_checkpoint
 from gemfilter_jax.checkpoints.weights import BytesRead
-from gemfilter_jax.errors import UserError
+from gemfilter_jax.errors import UserError, check_text
 from gemfilter_jax.generate import loop
+from gemfilter_jax.generate import sampling as sampling_lib
 from gemfilter_jax.generate.sampling import GREEDY, Sampling
 from gemfilter_jax.methods.base import Kept, Method, Progress, Reader
 from gemfilter_jax.methods.presets import Preset, preset_for
 from gemfilter_jax.ops.attention import check_runs_here
 from gemfilter_jax.parallel import collectives, sharding
+from gemfilter_jax.settings import Option
 from gemfilter_jax.text.prompt import MESSAGE_FORMAT, Prompt, check_format, encode
 from gemfilter_jax.timing import Stopwatch
+
+_MAX_NEW_TOKENS = Option("max_new_tokens", int, 128, "", at_least=1)
+_SEED = Option("seed", int, 0, "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +136,7 @@ class Pipeline:
         Raises:
           UserError: there is no such method, or it has no such option.
         """
-        if rule not in methods.VARIANTS:
+        if not isinstance(rule, str) or rule not in methods.VARIANTS:
             raise UserError(f"method {rule!r} is unknown; one of {', '.join(methods.VARIANTS)}")
         known = [one.name for one in methods.VARIANTS[rule].options()]
         if strangers := [name for name in options if name not in known]:
@@ -146,8 +151,12 @@ class Pipeline:
 
     def check(self, method: Method, max_new_tokens: int) -> None:
         """Raise a `UserError` if these settings are invalid for every prompt."""
+        _MAX_NEW_TOKENS.check(max_new_tokens, f"max_new_tokens is {max_new_tokens!r}, ")
         method.check(self.checkpoint.model)
         check_format(self.checkpoint.tokenizer, self.chat_template, self.message_format)
+        self._check_context(max_new_tokens)
+
+    def _check_context(self, max_new_tokens: int) -> None:
         context = self.checkpoint.model.config.context
         if max_new_tokens >= context:
             raise UserError(f"max_new_tokens is {max_new_tokens}, but the model's context is {context}")
@@ -195,8 +204,9 @@ class Pipeline:
             answer exceed the model's context.
         """
         watch, method = Stopwatch(), self._method(method)
-        prompts, kept = self._filter([text], [question], method, watch, progress)
-        return self._answer(prompts, kept, method, max_new_tokens, sampling, [seed], watch, on_text)[0]
+        answering = _Answering(max_new_tokens, sampling, [seed], on_text)
+        prompts, kept = self._filter([text], [question], method, watch, progress, answering)
+        return self._answer(prompts, kept, method, answering, watch)[0]
 
     def generate_batch(
         self,
@@ -214,17 +224,23 @@ class Pipeline:
         Args:
           seed: one seed, and row i uses seed + i, or one seed for each row.
         """
+        for name, values in (("texts", texts), ("questions", [] if questions is None else questions)):
+            if isinstance(values, str | bytes) or not isinstance(values, Sequence):
+                raise UserError(f"{name} is of type {type(values).__name__}, expected a list of strings")
         questions = [None] * len(texts) if questions is None else questions
         if len(questions) != len(texts):
             raise UserError(f"{len(texts)} texts but {len(questions)} questions were given; give one for each text")
-        seeds = seed if isinstance(seed, Sequence) else [seed + row for row in range(len(texts))]
+        if not isinstance(seed, Sequence):
+            _SEED.check(seed, f"seed is {seed!r}, ")
+        seeds = seed if isinstance(seed, Sequence) else [int(seed) + row for row in range(len(texts))]
         if len(seeds) != len(texts):
             raise UserError(f"{len(texts)} texts but {len(seeds)} seeds were given; give one, or one for each text")
         if not texts:
             return []
         watch, method = Stopwatch(), self._method(method)
-        prompts, kept = self._filter(texts, questions, method, watch, progress)
-        return self._answer(prompts, kept, method, max_new_tokens, sampling, seeds, watch)
+        answering = _Answering(max_new_tokens, sampling, seeds)
+        prompts, kept = self._filter(texts, questions, method, watch, progress, answering)
+        return self._answer(prompts, kept, method, answering, watch)
 
     def document(
         self, text: str, *, method: Method | str | None = None, cache: str | os.PathLike | None = None
@@ -237,11 +253,14 @@ class Pipeline:
             other processes can reuse them; created if it does not exist. Its size is about that of the arrays.
         """
         method = self._method(method)
+        check_text(text, "the text")
+        if cache is not None and (not isinstance(cache, str | os.PathLike) or not os.fspath(cache)):
+            raise UserError(f"cache is {cache!r}, expected a folder")
         reader = method.reader(self.checkpoint.model, None if cache is None else pathlib.Path(cache))
         return Document(self, text, method, reader)
 
     def _encode(self, text: str, question: str | None, method: Method) -> Prompt:
-        return encode(
+        prompt = encode(
             self.checkpoint.tokenizer,
             text,
             question,
@@ -249,6 +268,11 @@ class Pipeline:
             chat_template=self.chat_template,
             message_format=self.message_format,
         )
+        vocab, largest = self.checkpoint.model.config.vocab, int(prompt.ids.max())
+        if largest >= vocab:
+            token = self.checkpoint.tokenizer.convert_ids_to_tokens(largest)
+            raise UserError(f"the tokenizer gives token {largest}, {token!r}, and the model knows 0 to {vocab - 1}")
+        return prompt
 
     def _filter(
         self,
@@ -257,9 +281,15 @@ class Pipeline:
         method: Method,
         watch: Stopwatch,
         progress: Progress | None,
+        answering: "_Answering | None" = None,
     ) -> tuple[list[Prompt], list[Kept]]:
+        """Stage 1; what is known to be wrong with the answer that follows is told before."""
+        if answering:
+            answering.check()
         with watch.stage("tokenize"):
             prompts = [self._encode(text, question, method) for text, question in zip(texts, questions, strict=True)]
+        if answering:
+            self._check_room(prompts, method, answering.max_new_tokens)
         return prompts, method.select(self.checkpoint.model, prompts, watch=watch, progress=progress)
 
     def _answer(
@@ -267,24 +297,13 @@ class Pipeline:
         prompts: list[Prompt],
         kept: list[Kept],
         method: Method,
-        max_new_tokens: int,
-        sampling: Sampling,
-        seeds: Sequence[int],
+        answering: "_Answering",
         watch: Stopwatch,
-        on_text: Callable[[str], None] | None = None,
     ) -> list[Result]:
         model = self.checkpoint.model
+        max_new_tokens, on_text = answering.max_new_tokens, answering.on_text
         longest = max(len(one.indices) for one in kept)
-        if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is {max_new_tokens}; at least 1 token must be generated")
-        of_prompts = method.budget is None or method.eviction is not None or method.keeps_positions
-        needed = max(map(len, prompts)) if of_prompts else longest
-        if needed + max_new_tokens > model.config.context:
-            what, advice = ("prompt", "give a shorter text") if of_prompts else ("kept", "keep fewer")
-            raise UserError(
-                f"{needed} {what} tokens and {max_new_tokens} new ones exceed the model's context of "
-                f"{model.config.context}; {advice}"
-            )
+        self._check_room(prompts, method, max_new_tokens, kept=longest)
         if method.eviction is not None:
             loop.check_eviction(model.config, map(len, prompts), max_new_tokens)
         width = bucket(longest)
@@ -301,8 +320,10 @@ class Pipeline:
                 lengths,
                 positions,
                 stop_tokens=jnp.asarray(self.checkpoint.stop_tokens or (-1,), jnp.int32),
-                sampling=jax.tree.map(jnp.float32, sampling),
-                seeds=jnp.asarray(np.array([seed % 2**32 for seed in sharding.evenly(seeds, parts)], np.uint32)),
+                sampling=jax.tree.map(jnp.float32, answering.sampling),
+                seeds=jnp.asarray(
+                    np.array([int(seed) % 2**32 for seed in sharding.evenly(answering.seeds, parts)], np.uint32)
+                ),
                 limit=jnp.int32(max_new_tokens),
                 capacity=bucket(max_new_tokens),
                 gaps=method.keeps_positions,
@@ -319,6 +340,27 @@ class Pipeline:
             self._result(*row, row_tokens[:count], bool(ended), dict(watch.timings))
             for row, row_tokens, count, ended in list(zip(rows, tokens, counts, stopped, strict=True))[: len(prompts)]
         ]
+
+    def _check_room(
+        self, prompts: list[Prompt], method: Method, max_new_tokens: int, *, kept: int | None = None
+    ) -> None:
+        """Raise a `UserError` if prompts, or what is kept of them, and the answer exceed the model's context.
+
+        Args:
+          kept: tokens kept of the prompt of which most are; None before stage 1, where methods whose budget is "auto"
+            may yet keep any number.
+        """
+        self._check_context(max_new_tokens)
+        context, longest = self.checkpoint.model.config.context, max(map(len, prompts))
+        of_prompts = method.budget is None or method.eviction is not None or method.keeps_positions
+        budget = method.keep_shown if isinstance(method.keep_shown, int) else 0
+        needed = longest if of_prompts else min(longest, budget) if kept is None else kept
+        if needed + max_new_tokens > context:
+            what, advice = ("prompt", "give a shorter text") if of_prompts else ("kept", "keep fewer")
+            raise UserError(
+                f"{needed} {what} tokens and {max_new_tokens} new ones exceed the model's context of {context}; "
+                f"{advice}, or ask for a shorter answer"
+            )
 
     def _stream(self, state: loop.DecodeState, on_text: Callable[[str], None]) -> loop.DecodeState:
         """Decode a batch of one, step by step from the host; text is held back while a character is incomplete."""
@@ -349,6 +391,29 @@ class Pipeline:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Answering:
+    """How the answers of a batch are generated; see `Pipeline.generate`.
+
+    Attributes:
+      seeds: one for each row.
+    """
+
+    max_new_tokens: int
+    sampling: Sampling
+    seeds: Sequence[int]
+    on_text: Callable[[str], None] | None = None
+
+    def check(self) -> None:
+        """Raise a `UserError` if a value is not what it should be."""
+        _MAX_NEW_TOKENS.check(self.max_new_tokens, f"max_new_tokens is {self.max_new_tokens!r}, ")
+        sampling_lib.check(self.sampling)
+        for seed in self.seeds:
+            _SEED.check(seed, f"seed is {seed!r}, ")
+        if self.on_text is not None and not callable(self.on_text):
+            raise UserError(f"on_text is of type {type(self.on_text).__name__}, expected a function")
+
+
 class Document:
     """A text for many questions, which methods that support it read only once.
 
@@ -377,8 +442,9 @@ class Document:
           method: the document's method with other options for this question; another budget reads nothing anew.
         """
         watch, method = Stopwatch(), self._variant(method)
-        prompt, kept = self._filter(question, method, watch, progress)
-        return self._model._answer([prompt], [kept], method, max_new_tokens, sampling, [seed], watch, on_text)[0]
+        answering = _Answering(max_new_tokens, sampling, [seed], on_text)
+        prompt, kept = self._filter(question, method, watch, progress, answering)
+        return self._model._answer([prompt], [kept], method, answering, watch)[0]
 
     def select(
         self, question: str, *, method: Method | None = None, progress: Progress | None = None
@@ -395,10 +461,20 @@ class Document:
         return method or self._method
 
     def _filter(
-        self, question: str, method: Method, watch: Stopwatch, progress: Progress | None
+        self,
+        question: str,
+        method: Method,
+        watch: Stopwatch,
+        progress: Progress | None,
+        answering: _Answering | None = None,
     ) -> tuple[Prompt, Kept]:
+        check_text(question, "the question")
+        if answering:
+            answering.check()
         with watch.stage("tokenize"):
             prompt = self._model._encode(self._text, question, method)
+        if answering:
+            self._model._check_room([prompt], method, answering.max_new_tokens)
         return prompt, self._reader.select(prompt, method=method, watch=watch, progress=progress)
 
 
@@ -451,6 +527,13 @@ def load(
     Raises:
       UserError: the model cannot be loaded, or the attention implementation does not run here.
     """
+    for name, value, kind in (("chat_template", chat_template, bool), ("message_format", message_format, str)):
+        if not isinstance(value, kind):
+            raise UserError(f"{name} is {value!r}, expected a {kind.__name__}")
+    if preset is not None and not isinstance(preset, Preset):
+        raise UserError(f"preset is of type {type(preset).__name__}, expected a Preset")
+    if not isinstance(mesh, jax.sharding.Mesh | str | None):
+        raise UserError(f"mesh is of type {type(mesh).__name__}, expected a mesh or a shape such as 'seq:4,model:2'")
     compile_cache.enable()
     if isinstance(mesh, str):
         source = open_checkpoint(source) if isinstance(source, str) else source
@@ -472,6 +555,8 @@ def _check_attention(mesh: jax.sharding.Mesh | None, attention: str | None) -> N
     """Raise a `UserError` if the requested attention implementation does not run here."""
     if attention is None:
         return
+    if not isinstance(attention, str):
+        raise UserError(f"attention is {attention!r}, expected a name")
     try:
         check_runs_here(attention)
     except NotImplementedError as error:

@@ -18,6 +18,7 @@ from absl import flags
 
 from gemfilter_jax import files
 from gemfilter_jax.cli import command, options
+from gemfilter_jax.errors import UserError
 from gemfilter_jax.evals import haystack
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ flags.DEFINE_integer(
     4096,
     "Length of the texts that recall is measured on; one in six is four times as long.",
     lower_bound=512,
+    upper_bound=options.LONGEST_TEXT // 4,
     flag_values=FLAGS,
 )
 flags.DEFINE_integer(
@@ -94,6 +96,8 @@ def main(_: list[str]) -> None:
     from gemfilter_jax.reporting import plots, terminal
 
     def candidates(_: "Preset", config: "ModelConfig") -> int:
+        if FLAGS.layers is not None and FLAGS.layers > config.layers:
+            raise UserError(f"--layers={FLAGS.layers}: the model has {config.layers}")
         return FLAGS.layers or max(config.layers * 2 // 3, 1)
 
     model = options.load_pipeline(FLAGS, layers=candidates)

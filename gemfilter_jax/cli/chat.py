@@ -33,6 +33,7 @@ def main(_: list[str]) -> None:
         raise UserError("no text; give --prompt_file=FILE (standard input is for questions)")
     if sys.stdin is None:
         raise UserError("standard input is closed; questions come from there")
+    options.check_document_cache(FLAGS)
     text = options.read_prompt(FLAGS)
 
     from gemfilter_jax.reporting import terminal

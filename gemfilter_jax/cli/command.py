@@ -50,7 +50,7 @@ def run(
                 arguments = values(argv)
             except flags.Error as error:
                 raise UserError(" ".join(str(error).split())) from error
-            _check_numbers(values)
+            _check_values(values)
             if len(arguments) - 1 > bool(positional) and not several:
                 raise UserError(f"unexpected argument {arguments[-1]!r}; flags begin with --")
         flags.FLAGS.mark_as_parsed()
@@ -96,11 +96,13 @@ def _check_text(arguments: list[str]) -> None:
             raise UserError(f"argument {argument}: not UTF-8 at character {error.start}") from error
 
 
-def _check_numbers(values: flags.FlagValues) -> None:
-    """Raise a `UserError` if a flag is not finite, or is a number that programs cannot count to."""
+def _check_values(values: flags.FlagValues) -> None:
+    """Raise a `UserError` if a flag is empty, is not finite, or is a number that programs cannot count to."""
     for name in values:
         most: Any = getattr(values[name].parser, "upper_bound", None)
         value = values[name].value
+        if value in ("", []) and values[name].present:
+            raise UserError(f"flag --{name} is empty; give a value, or leave it out")
         for one in value if isinstance(value, list) else [value]:
             if isinstance(one, float) and not math.isfinite(one):
                 raise UserError(f"flag --{name}={one}: expected a finite number")

@@ -127,6 +127,9 @@ def _answer_rest(begun: requests_file.Run) -> int:
 
 
 def _answer_one_text() -> None:
+    if any(not question.strip() for question in FLAGS.question):
+        raise UserError("--question is empty; ask something, or leave it out")
+    options.check_document_cache(FLAGS)
     text = options.read_prompt(FLAGS)
     if FLAGS.report:
         if processes.is_first():

@@ -25,6 +25,8 @@ if TYPE_CHECKING:  # commands parse their flags before they import JAX, so that 
     from gemfilter_jax.methods.presets import Preset
     from gemfilter_jax.pipeline import KeptText, Pipeline, Result
 
+LONGEST_TEXT = 1 << 24  # tokens that texts are made of for comparisons, and plans are made for
+
 _PLOTS = (".png", ".svg", ".pdf")
 _COMPARED = ("full", "default", "paper")
 _FILTER_OPTIONS = ("recall", "filter_layer", "lexical", "filter_attention", "filter_precision", "band", "first_tokens")
@@ -229,6 +231,12 @@ def define_document_cache(values: flags.FlagValues) -> None:
     )
 
 
+def check_document_cache(values: flags.FlagValues) -> None:
+    """Raise a `UserError` if what is read of a text cannot be kept in --document_cache."""
+    if values.document_cache is not None:
+        files.check_folder(values.document_cache, "document_cache")
+
+
 def answer_settings(values: flags.FlagValues) -> dict[str, Any]:
     """The flags of `define_answer` as arguments of `Pipeline.generate`."""
     from gemfilter_jax.generate.sampling import Sampling
@@ -339,7 +347,7 @@ def load_pipeline(
             many_prompts=many_prompts,
             preset=preset,
             chat_template=values.chat_template,
-            message_format=values.message_format or prompt.MESSAGE_FORMAT,
+            message_format=prompt.MESSAGE_FORMAT if values.message_format is None else values.message_format,
             attention=None if values.attention == "auto" else values.attention,
             progress=progress,
         )
@@ -370,6 +378,8 @@ def lengths(values: flags.FlagValues) -> list[int]:
     for length in values.lengths:
         if not _is_count(length):
             raise UserError(f"--lengths={','.join(values.lengths)}: {length!r} is not a whole number of at least 1")
+        if int(length) > LONGEST_TEXT:
+            raise UserError(f"--lengths={','.join(values.lengths)}: {length} is beyond {LONGEST_TEXT:,} tokens")
     if not values.lengths:
         raise UserError("--lengths is empty; give one number or several, separated by commas")
     return list(dict.fromkeys(map(int, values.lengths)))

@@ -29,7 +29,9 @@ flags.DEFINE_string(
     flag_values=FLAGS,
 )
 flags.DEFINE_enum("weights", "float", ["float", "int8"], "Storage of weight matrices.", flag_values=FLAGS)
-flags.DEFINE_integer("tokens", None, "Length of the prompt.", lower_bound=2, flag_values=FLAGS)
+flags.DEFINE_integer(
+    "tokens", None, "Length of the prompt.", lower_bound=2, upper_bound=options.LONGEST_TEXT, flag_values=FLAGS
+)
 flags.DEFINE_integer("batch", 1, "Prompts at a time.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_string("topology", None, "Chips, such as v5e:2x4 or v5p:2x2x2, or cpu:8.", flag_values=FLAGS)
 flags.DEFINE_string(

@@ -15,6 +15,7 @@ from absl import flags
 
 from gemfilter_jax import files
 from gemfilter_jax.cli import command, options
+from gemfilter_jax.errors import UserError
 from gemfilter_jax.parallel import processes
 
 if TYPE_CHECKING:
@@ -35,6 +36,10 @@ flags.DEFINE_string(
 
 def main(_: list[str]) -> None:
     """Run the command."""
+    if FLAGS["question"].present > 1:
+        raise UserError("--question was given more than once; select takes one")
+    if FLAGS.question is not None and not FLAGS.question.strip():
+        raise UserError("--question is empty; ask something, or leave it out")
     text = options.read_prompt(FLAGS)
     if FLAGS.report and processes.is_first():
         files.check_writable(FLAGS.report, "report")

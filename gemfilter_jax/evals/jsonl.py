@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gemfilter_jax import files
-from gemfilter_jax.errors import UserError
+from gemfilter_jax.errors import UserError, check_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,13 +51,7 @@ class Line:
     def _checked(self, what: str, value: Any) -> str:
         if not isinstance(value, str) or not value.strip():
             raise UserError(f"{self.place}: {what} is {reprlib.repr(value)}, expected a string that is not empty")
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"{self.place}: {what} has half of a surrogate pair at character {error.start}, expected UTF-8"
-            ) from error
-        return value
+        return check_text(value, f"{self.place}: {what}")
 
 
 def read(path: str, what: str) -> list[Line]:

@@ -5,6 +5,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from gemfilter_jax.errors import UserError
+from gemfilter_jax.settings import Option
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +26,21 @@ class Sampling:
 
 
 GREEDY = Sampling()
+
+_OPTIONS = (
+    Option("temperature", float, 0.0, "", at_least=0),
+    Option("top_k", int, 0, "", at_least=0),
+    Option("top_p", float, 1.0, "", at_least=0, at_most=1),
+)
+
+
+def check(sampling: Sampling) -> None:
+    """Raise a `UserError` if settings are no `Sampling` of numbers within their bounds."""
+    if not isinstance(sampling, Sampling):
+        raise UserError(f"sampling is of type {type(sampling).__name__}, expected a Sampling")
+    for one in _OPTIONS:
+        value = getattr(sampling, one.name)
+        one.check(value, f"{one.name} is {value!r}, ")
 
 
 def sample(logits: jax.Array, sampling: Sampling, keys: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from gemfilter_jax import files
 from gemfilter_jax.config import ModelConfig, refuse_unknown, take
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.methods.gemfilter.method import AUTO, AUTO_RECALL, SHARE_OF_ATTENTION, GemFilter, Head
@@ -134,11 +135,7 @@ def read_preset(path: pathlib.Path, config: ModelConfig) -> Preset:
     Raises:
       UserError: the file cannot be read, is damaged, or is for another model.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as a preset in JSON ({error})") from error
-    return _parsed(text, str(path), config)
+    return _parsed(files.read_text(path, str(path), plain=True), str(path), config)
 
 
 def _parsed(text: str, source: str, config: ModelConfig) -> Preset:

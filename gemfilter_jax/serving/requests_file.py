@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gemfilter_jax import files
-from gemfilter_jax.errors import UserError, out_of_memory
+from gemfilter_jax.errors import UserError, check_text, out_of_memory
 from gemfilter_jax.parallel import processes
 
 if TYPE_CHECKING:  # so that a command reports mistakes before it imports JAX
@@ -208,10 +208,7 @@ def _check(name: str, value: Any) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{name} is {value}, which JSON has no number for")
     if isinstance(value, str):
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise UserError(f"{name} has half of a surrogate pair at character {error.start}") from error
+        check_text(value, name)
 
 
 def _text(fields: dict[str, Any], folder: pathlib.Path, outside: bool) -> str:
