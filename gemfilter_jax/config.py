@@ -3,9 +3,13 @@
 An unsupported field that affects the outputs is an error; it is never ignored.
 """
 
+import builtins
 import dataclasses
+import reprlib
+import types
+import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.settings import LARGEST_COUNT
@@ -68,6 +72,7 @@ class YarnRope:
 
 _SMALLEST, _LARGEST = 2.0**-126, 2.0**127  # range of real numbers: programs compute in float32
 _MOST_LAYERS = 10_000  # lists of layers are built before the tensors can confirm their number
+_LONGEST_SHOWN = 1000  # characters of a list of names in an error message
 
 RopeScaling = Llama3Rope | LinearRope | FactorRope | LongRope | YarnRope
 
@@ -165,9 +170,9 @@ def take_count(fields: Mapping[str, Any], name: str, source: str, default: int |
     """As `take`, for a whole number of at least 1."""
     value = take(fields, name, source, default)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"{source}: field {name!r} is {value!r}, expected a whole number of at least 1")
+        raise UserError(f"{source}: field {name!r} is {reprlib.repr(value)}, expected a whole number of at least 1")
     if value > LARGEST_COUNT:
-        raise UserError(f"{source}: field {name!r} is {value!r}, expected at most {LARGEST_COUNT:,}")
+        raise UserError(f"{source}: field {name!r} is {reprlib.repr(value)}, expected at most {LARGEST_COUNT:,}")
     return value
 
 
@@ -175,7 +180,7 @@ def take_layers(fields: Mapping[str, Any], name: str, source: str) -> int:
     """As `take_count`, for a number of layers."""
     value = take_count(fields, name, source)
     if value > _MOST_LAYERS:
-        raise UserError(f"{source}: field {name!r} is {value!r}, expected at most {_MOST_LAYERS:,}")
+        raise UserError(f"{source}: field {name!r} is {reprlib.repr(value)}, expected at most {_MOST_LAYERS:,}")
     return value
 
 
@@ -183,15 +188,25 @@ def take_positive(fields: Mapping[str, Any], name: str, source: str, default: fl
     """As `take`, for a number above 0."""
     value = take(fields, name, source, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not _SMALLEST <= value <= _LARGEST:
-        raise UserError(f"{source}: field {name!r} is {value!r}, expected a number above 0 within float32's range")
+        raise UserError(
+            f"{source}: field {name!r} is {reprlib.repr(value)}, expected a number above 0 within float32's range"
+        )
     return float(value)
 
 
-def take_flag(fields: Mapping[str, Any], name: str, source: str) -> bool:
-    """A field that is true or false, false if it is missing."""
-    value = take(fields, name, source, False)
+def take_flag(fields: Mapping[str, Any], name: str, source: str, default: bool = False) -> bool:
+    """A field that is true or false, `default` if it is missing."""
+    value = take(fields, name, source, default)
     if not isinstance(value, bool):
-        raise UserError(f"{source}: field {name!r} is {value!r}, expected true or false")
+        raise UserError(f"{source}: field {name!r} is {reprlib.repr(value)}, expected true or false")
+    return value
+
+
+def take_name(fields: Mapping[str, Any], name: str, source: str, default: str | None = None) -> str:
+    """As `take`, for a string."""
+    value = take(fields, name, source, default)
+    if not isinstance(value, str):
+        raise UserError(f"{source}: field {name!r} is {reprlib.repr(value)}, expected a string")
     return value
 
 
@@ -199,12 +214,78 @@ def refuse_unknown(fields: Mapping[str, Any], known: set[str], source: str) -> N
     """Raise a `UserError` if `fields` has a name that is neither read nor known to be harmless."""
     unknown = sorted(set(fields) - known)
     if unknown:
-        raise UserError(f"{source}: unsupported field(s) {', '.join(unknown)}; they may change the model's numbers")
+        names = ", ".join(unknown)[:_LONGEST_SHOWN]
+        raise UserError(f"{source}: unsupported field(s) {names}; they may change the model's numbers")
+
+
+def take_object(fields: Mapping[str, Any], name: str, source: str) -> Mapping[str, Any]:
+    """As `take`, for an object."""
+    value = take(fields, name, source)
+    if not isinstance(value, Mapping):
+        raise UserError(f"{source}: field {name!r} is {reprlib.repr(value)}, expected an object")
+    return value
+
+
+def take_list(fields: Mapping[str, Any], name: str, source: str, what: str) -> list:
+    """As `take`, for a list; error messages call its items `what`."""
+    values = take(fields, name, source)
+    if not isinstance(values, list):
+        raise UserError(f"{source}: field {name!r} is {reprlib.repr(values)}, expected a list of {what}")
+    return values
 
 
 def take_numbers(fields: Mapping[str, Any], name: str, source: str) -> tuple[float, ...]:
     """A field that is a list of numbers above 0."""
-    values = take(fields, name, source)
-    if not isinstance(values, list):
-        raise UserError(f"{source}: field {name!r} is {values!r}, expected a list of numbers")
+    values = take_list(fields, name, source, "numbers")
     return tuple(take_positive({name: value}, name, source) for value in values)
+
+
+_KIND = "kind"  # the field that names an object's dataclass where there are several
+_Owner = TypeVar("_Owner")
+
+
+def to_json(config: ModelConfig) -> dict[str, Any]:
+    """The fields of a JSON object that `from_json` reads."""
+    fields = dataclasses.asdict(config)
+    if config.rope_scaling is not None:
+        fields["rope_scaling"] = {_KIND: type(config.rope_scaling).__name__, **fields["rope_scaling"]}
+    return fields
+
+
+def from_json(owner: type[_Owner], fields: Mapping[str, Any], source: str) -> _Owner:
+    """A `ModelConfig`, or a part of one, from the fields of a JSON object. Null stands for a field's default.
+
+    Raises:
+      UserError: a field is unknown, missing or wrong.
+    """
+    hints = typing.get_type_hints(owner)
+    refuse_unknown(fields, set(hints), source)
+    # A dataclass keeps a default as an attribute of the class.
+    given = [name for name in hints if fields.get(name) is not None or not hasattr(owner, name)]
+    return owner(**{name: _taken(fields, name, source, hints[name]) for name in given})
+
+
+def _taken(fields: Mapping[str, Any], name: str, source: str, hint: Any) -> Any:
+    """The value of a field that is annotated with `hint`."""
+    match typing.get_origin(hint), typing.get_args(hint):
+        case types.UnionType, (kind, types.NoneType):
+            return _taken(fields, name, source, kind)
+        case types.UnionType, (*kinds, types.NoneType):
+            return _one_of(fields, name, source, kinds)
+        case builtins.tuple, (item, _):
+            nullable = types.NoneType in typing.get_args(item)
+            values = take_list(fields, name, source, "numbers")
+            return tuple(None if v is None and nullable else _taken({name: v}, name, source, item) for v in values)
+    take_count_or_layers = take_layers if name == "layers" else take_count
+    reader = {int: take_count_or_layers, float: take_positive, bool: take_flag, str: take_name}[hint]
+    return reader(fields, name, source)
+
+
+def _one_of(fields: Mapping[str, Any], name: str, source: str, kinds: list[type]) -> Any:
+    """The value of a field that holds an object of one of several dataclasses, which its `kind` names."""
+    value, source = take_object(fields, name, source), f"{source}: field {name!r}"
+    known = {kind.__name__: kind for kind in kinds}
+    kind = take_name(value, _KIND, source)
+    if kind not in known:
+        raise UserError(f"{source}: kind {reprlib.repr(kind)} is not supported; supported: {', '.join(known)}")
+    return from_json(known[kind], {key: held for key, held in value.items() if key != _KIND}, source)

@@ -1,4 +1,8 @@
-"""The exception for wrong input, with a one-line message that says how to correct it."""
+"""The exception for wrong input, with a one-line message that says how to correct it, and text as people may see it."""
+
+import re
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class UserError(ValueError):
@@ -17,6 +21,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def visible(text: str) -> str:
+    """A text whose control characters, line feeds and tabs aside, are escaped, so that a terminal shows them."""
+    return _CONTROL.sub(lambda match: repr(match[0])[1:-1], text.replace("\r\n", "\n"))
+
+
 def check_text(text: object, name: str) -> str:
     """A text as it is; raises a `UserError`, which calls it `name`, if it is none, or has half of a surrogate pair."""
     if not isinstance(text, str):
@@ -31,6 +40,11 @@ def check_text(text: object, name: str) -> str:
 def reason(error: BaseException) -> str:
     """The first line of an exception's message, or the exception itself where it has none."""
     return (str(error).strip() or repr(error)).splitlines()[0]
+
+
+def is_fault(error: BaseException) -> bool:
+    """Whether a library has failed, a panic of a Rust library included, rather than the process being ended."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def out_of_memory(error: BaseException) -> bool:

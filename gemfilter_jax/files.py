@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from gemfilter_jax.errors import UserError
+from gemfilter_jax.errors import UserError, reason
 
 _LARGEST = 1 << 28  # bytes of a text that is read, 256 MiB: some 60 million tokens
 _STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2}
@@ -40,8 +40,6 @@ def check_writable(path: str, flag: str) -> None:
             pass
     except OSError as error:
         raise UserError(f"--{flag}={path}: cannot be written ({error.strerror or error})") from error
-    except ValueError as error:  # the path contains a NUL
-        raise UserError(f"--{flag}={path}: cannot be written ({error})") from error
 
 
 def check_folder(path: str, flag: str) -> None:
@@ -68,8 +66,6 @@ def check_new_folder(folder: pathlib.Path) -> None:
             pass
     except OSError as error:
         raise UserError(f"--output={folder}: cannot be made ({error.strerror or error})") from error
-    except ValueError as error:  # the path contains a NUL
-        raise UserError(f"--output={folder}: cannot be made ({error})") from error
 
 
 def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
@@ -221,23 +217,42 @@ def growing(path: pathlib.Path) -> Iterator[GrowingFile]:
                 path.unlink(missing_ok=True)
 
 
+def check_plain(path: pathlib.Path, largest: int | None = None, *, name: str = "") -> None:
+    """Check a file before it is opened: to read a FIFO or a device may block, or never end.
+
+    Args:
+      largest: the most bytes that it may have; None for any number.
+      name: what error messages call it; the path if empty.
+
+    Raises:
+      UserError: it is no plain file, is too large, or cannot be looked at.
+    """
+    name = name or str(path)
+    try:
+        found = path.stat()
+    except (OSError, ValueError) as error:  # ValueError: the path contains a NUL
+        raise UserError(f"{name}: cannot be read ({getattr(error, 'strerror', None) or reason(error)})") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(f"{name}: found {_kind(found.st_mode)}, expected a plain file")
+    if largest is not None and found.st_size > largest:
+        raise UserError(f"{name}: has {found.st_size:,} bytes, expected at most {largest:,}")
+
+
 def read_text(path: pathlib.Path, name: str, *, plain: bool = False) -> str:
     """The text of a file of at most 256 MiB, which error messages call `name`.
 
     Args:
       plain: refuse what is no plain file. Reading a FIFO or a device may never end.
     """
+    if plain:
+        check_plain(path, _LARGEST, name=name)
     try:
-        if plain and not stat.S_ISREG(os.stat(path).st_mode):
-            raise UserError(f"{name}: is no plain file; give one")
         with path.open("rb") as file:
             return read_stream(file, name)
-    except OSError as error:
-        raise UserError(f"{name}: cannot be read ({error.strerror or error})") from error
-    except ValueError as error:  # the path contains a NUL
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{name}: cannot be read ({error})") from error
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: the path contains a NUL
+        raise UserError(f"{name}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
 
 
 def read_stream(file: BinaryIO, name: str) -> str:
@@ -315,6 +330,11 @@ def _holder(file: BinaryIO) -> str:
             if "FLOCK" in fields and fields[5].rpartition(":")[2] == str(number):
                 return f"another run (process {fields[4]})"
     return "another run"
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
 
 
 def _umask() -> int:

@@ -495,7 +495,7 @@ def _kept_text(prompt: Prompt, kept: Kept) -> KeptText:
 
 
 def load(
-    source: str | Opened = "smollm2",
+    source: str | os.PathLike | Opened = "smollm2",
     *,
     dtype: str = "auto",
     weights: str = "float",
@@ -536,7 +536,7 @@ def load(
         raise UserError(f"mesh is of type {type(mesh).__name__}, expected a mesh or a shape such as 'seq:4,model:2'")
     compile_cache.enable()
     if isinstance(mesh, str):
-        source = open_checkpoint(source) if isinstance(source, str) else source
+        source = source if isinstance(source, Opened) else open_checkpoint(source)
         mesh = mesh_for(
             source, mesh, dtype=dtype, weights=weights, filter_layers=filter_layers, many_prompts=many_prompts
         )

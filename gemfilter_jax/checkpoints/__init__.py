@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+import os
 import pathlib
 import re
 
@@ -17,11 +18,12 @@ from gemfilter_jax.checkpoints.hf_folder import HuggingFaceFolder
 from gemfilter_jax.checkpoints.orbax_folder import OrbaxFolder
 from gemfilter_jax.checkpoints.random_weights import RandomWeights
 from gemfilter_jax.checkpoints.weights import BytesRead, Loading, abstract_decoder
-from gemfilter_jax.errors import UserError
+from gemfilter_jax.errors import UserError, check_text, printable
 from gemfilter_jax.models import shapes
 from gemfilter_jax.models.transformer import Decoder
 from gemfilter_jax.parallel import sharding
 from gemfilter_jax.parallel.sharding import MeshShape
+from gemfilter_jax.text import chat_template
 
 DTYPES = ("auto", "float32", "bfloat16")
 WEIGHTS = ("float", "int8")
@@ -35,10 +37,10 @@ class Checkpoint:
     """A model ready to run.
 
     Attributes:
-      name: the checkpoint's own name for the model.
+      name: the checkpoint's own name for the model, in printable characters.
       model: the decoder with its weights.
       tokenizer: a fast Hugging Face tokenizer.
-      stop_tokens: ids that each end an answer.
+      stop_tokens: ids of the model's vocabulary that each end an answer.
     """
 
     name: str
@@ -48,7 +50,7 @@ class Checkpoint:
 
 
 def load_checkpoint(
-    source: str | Opened,
+    source: str | os.PathLike | Opened,
     dtype: str = "auto",
     *,
     weights: str = "float",
@@ -73,9 +75,9 @@ def load_checkpoint(
     for name, value, known in (("dtype", dtype, DTYPES), ("weights", weights, WEIGHTS)):
         if value not in known:
             raise UserError(f"{name} {value!r} is unknown; one of {', '.join(known)}")
-    opened = open_checkpoint(source) if isinstance(source, str) else source
+    opened = source if isinstance(source, Opened) else open_checkpoint(source)
     layers = opened.config.layers
-    if filter_layers is not None and not 1 <= filter_layers <= layers:
+    if filter_layers is not None and (type(filter_layers) is not int or not 1 <= filter_layers <= layers):
         raise UserError(f"{filter_layers} layers were asked for; the model has {layers}")
     if mesh is not None:
         sharding.check(opened.config, sharding.shape_of(mesh))
@@ -86,8 +88,10 @@ def load_checkpoint(
         mesh=None if mesh is None or mesh.size == 1 else mesh,
         progress=progress,
     )
-    tokenizer, stop_tokens = opened.tokenizer(), opened.stop_tokens()
-    return Checkpoint(opened.name, opened.decoder(loading), tokenizer, stop_tokens)
+    tokenizer = opened.tokenizer()
+    chat_template.prepare(tokenizer)
+    stop_tokens = tuple(token for token in opened.stop_tokens() if 0 <= token < opened.config.vocab)
+    return Checkpoint(printable(opened.name), opened.decoder(loading), tokenizer, stop_tokens)
 
 
 def mesh_for(
@@ -131,8 +135,11 @@ def _dtype(name: str) -> jnp.dtype:
     return jnp.dtype(name if name != "auto" else "float32" if jax.default_backend() == "cpu" else "bfloat16")
 
 
-def open_checkpoint(source: str) -> Opened:
+def open_checkpoint(source: str | os.PathLike) -> Opened:
     """Read a model's config but not its weights; see `load_checkpoint`."""
+    if not isinstance(source, str | os.PathLike):
+        raise UserError(f"the model is of type {type(source).__name__}, expected a folder, a file or a name")
+    source = check_text(os.fspath(source), "the model")
     path = pathlib.Path(source).expanduser()
     if source == embedded.NAME:
         return GGUFFile(embedded.located_or_fetched())

@@ -1,15 +1,17 @@
 """Hugging Face model folders: config.json, safetensors (whole or in shards), tokenizer files."""
 
-import json
 import math
 import pathlib
+import reprlib
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerBase
 
+from gemfilter_jax import files
 from gemfilter_jax.checkpoints import tokenizer_folder
+from gemfilter_jax.checkpoints.folder_files import read_object
 from gemfilter_jax.checkpoints.weights import Loading, build_decoder
 from gemfilter_jax.config import ModelConfig, take
 from gemfilter_jax.errors import UserError
@@ -30,7 +32,7 @@ class HuggingFaceFolder:
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
         path = folder / "config.json"
-        self._fields = _read_json(path)
+        self._fields = read_object(path)
         self.config = _config(self._fields, path)
 
     @property
@@ -49,11 +51,11 @@ class HuggingFaceFolder:
     def stop_tokens(self) -> tuple[int, ...]:
         """Ids that end an answer, from generation_config.json, else from config.json."""
         path = self.folder / "generation_config.json"
-        generation = _read_json(path) if path.exists() else {}
+        generation = read_object(path) if path.exists() else {}
         ids = generation.get("eos_token_id", self._fields.get("eos_token_id"))
         ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
         if not all(type(token) is int and abs(token) < 2**31 for token in ids):
-            raise UserError(f"{self.folder}: eos_token_id is {ids!r}, expected whole numbers")
+            raise UserError(f"{self.folder}: eos_token_id is {reprlib.repr(ids)}, expected whole numbers")
         return tuple(ids)
 
 
@@ -63,13 +65,13 @@ def read_config(path: pathlib.Path) -> ModelConfig:
     Raises:
       UserError: it is missing or damaged, or the architecture is not supported.
     """
-    return _config(_read_json(path), path)
+    return _config(read_object(path), path)
 
 
 def _config(fields: dict[str, Any], path: pathlib.Path) -> ModelConfig:
     family = take(fields, "model_type", str(path))
     if not isinstance(family, str) or family not in FAMILIES:
-        raise UserError(f"{path}: model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
+        raise UserError(f"{path}: model_type {reprlib.repr(family)} is not supported; supported: {', '.join(FAMILIES)}")
     return FAMILIES[family].config_from_hf(fields, str(path))
 
 
@@ -97,7 +99,7 @@ class Shards:
         """Tensor name -> file name; empty for a folder with a single file."""
         path = self._folder / f"{_WHOLE}.index.json"
         if path.exists():
-            places = take(_read_json(path), "weight_map", str(path))
+            places = take(read_object(path), "weight_map", str(path))
             names = list(places.values()) if isinstance(places, dict) else []
             if not names or not all(isinstance(name, str) and pathlib.PurePath(name).name == name for name in names):
                 raise UserError(f"{path}: weight_map must name files of this folder for tensors")
@@ -136,21 +138,10 @@ class Shards:
 
 
 def _opened(path: pathlib.Path) -> safe_open:
+    files.check_plain(path)
     try:
         return safe_open(path, framework="numpy")
     except (OSError, UnicodeError):
         raise UserError(f"{path}: missing or not readable, although the folder's weights are in it") from None
     except SafetensorError as error:
         raise UserError(f"{path}: damaged or truncated safetensors file ({error})") from error
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path.parent}: not a model folder, {path.name} is missing") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error})") from error
-    if not isinstance(fields, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(fields).__name__}")
-    return fields

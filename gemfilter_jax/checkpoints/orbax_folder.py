@@ -5,9 +5,10 @@ Orbax reads only each device's shard of an array, so a checkpoint loads directly
 
 import dataclasses
 import json
+import math
 import pathlib
-import shutil
-import tempfile
+import reprlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,9 +17,9 @@ from transformers import PreTrainedTokenizerBase
 
 from gemfilter_jax import config as config_lib
 from gemfilter_jax import files
-from gemfilter_jax.checkpoints import tokenizer_folder
+from gemfilter_jax.checkpoints import folder_files, tokenizer_folder
 from gemfilter_jax.checkpoints.weights import Loading, abstract_decoder, check_arrays, parameter_name
-from gemfilter_jax.config import ModelConfig, take, take_flag
+from gemfilter_jax.config import ModelConfig, refuse_unknown, take, take_flag, take_list, take_name, take_object
 from gemfilter_jax.errors import UserError, reason
 from gemfilter_jax.models.families import FAMILIES
 from gemfilter_jax.models.transformer import Decoder
@@ -26,16 +27,11 @@ from gemfilter_jax.models.transformer import Decoder
 MANIFEST = "gemfilter.json"
 _WEIGHTS, _TOKENIZER = "weights", "tokenizer"
 _VERSION = 1
-_SCALINGS = {
-    kind.__name__: kind
-    for kind in (
-        config_lib.Llama3Rope,
-        config_lib.LinearRope,
-        config_lib.FactorRope,
-        config_lib.LongRope,
-        config_lib.YarnRope,
-    )
-}
+_DATA = "d"  # folders of the only files that are read in part, and so may have any size
+_LARGEST = 1 << 28  # bytes of another file
+_MOST_PER_BYTE = 64
+"""Bytes of arrays for each byte of the files that hold them. Weights hardly compress to less than a half, but chunks
+that are missing or full of zeros take next to no bytes, whatever the size that is claimed for them."""
 
 
 class OrbaxFolder:
@@ -48,17 +44,26 @@ class OrbaxFolder:
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
         path = folder / MANIFEST
-        try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-            version = manifest["version"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: not a manifest written by gemfilter convert ({error!r})") from error
-        if version != _VERSION:
-            raise UserError(f"{path}: version {version} is not supported, only {_VERSION}; convert the model again")
-        self.name = str(take(manifest, "name", str(path)))
-        self.config = _config_from_json(take(manifest, "config", str(path)), str(path))
-        self._int8 = take_flag(manifest, "int8", str(path))
-        self._stop_tokens = tuple(take(manifest, "stop_tokens", str(path)))
+        manifest, source = folder_files.read_object(path), str(path)
+        version = take(manifest, "version", source)
+        if type(version) is not int or version != _VERSION:
+            raise UserError(
+                f"{path}: version {reprlib.repr(version)} is not supported, only {_VERSION}; convert the model again"
+            )
+        refuse_unknown(manifest, {"version", "name", "config", "int8", "stop_tokens"}, source)
+        self.name = take_name(manifest, "name", source)
+        self.config = config_lib.from_json(ModelConfig, take_object(manifest, "config", source), f"{source} (config)")
+        if (family := self.config.family) not in FAMILIES:
+            raise UserError(
+                f"{source}: family {reprlib.repr(family)} is not supported; supported: {', '.join(FAMILIES)}"
+            )
+        self._int8 = take_flag(manifest, "int8", source)
+        self._stop_tokens = tuple(take_list(manifest, "stop_tokens", source, "token ids"))
+        if not all(type(token) is int and 0 <= token < self.config.vocab for token in self._stop_tokens):
+            raise UserError(
+                f"{source}: field 'stop_tokens' is {reprlib.repr(self._stop_tokens)}, expected ids of the "
+                f"{self.config.vocab:,} tokens"
+            )
 
     def decoder(self, loading: Loading) -> Decoder:
         """The decoder; each array is read directly into its sharded layout."""
@@ -80,10 +85,14 @@ class OrbaxFolder:
             for name, leaf in wanted.items()
         }
         path = (self.folder / _WEIGHTS).absolute()
+        for file in path.rglob("*"):
+            if not file.is_dir():
+                files.check_plain(file, None if file.parent.name == _DATA else _LARGEST)
         try:
             with ocp.PyTreeCheckpointer() as checkpointer:
                 stored = checkpointer.metadata(path).item_metadata.tree
                 check_arrays(self.config, {name: array.shape for name, array in stored.items()}, self._int8, str(path))
+                _check_sizes(stored, path)
                 restore = ocp.args.PyTreeRestore(
                     item=dict.fromkeys(wanted, 0), restore_args=arguments, partial_restore=True
                 )
@@ -119,48 +128,38 @@ def save(
       UserError: the folder exists or cannot be written.
     """
     files.check_new_folder(folder)
-    aside = pathlib.Path(tempfile.mkdtemp(dir=folder.absolute().parent, prefix=f".{folder.name}."))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(model)
+    manifest = {
+        "version": _VERSION,
+        "name": name,
+        "config": config_lib.to_json(model.config),
+        "int8": model.layers.query.scale is not None,
+        "stop_tokens": list(stop_tokens),
+    }
     try:
-        leaves, _ = jax.tree_util.tree_flatten_with_path(model)
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            checkpointer.save(aside.absolute() / _WEIGHTS, {parameter_name(path): leaf for path, leaf in leaves})
-        tokenizer.save_pretrained(aside / _TOKENIZER)
-        manifest = {
-            "version": _VERSION,
-            "name": name,
-            "config": _config_to_json(model.config),
-            "int8": model.layers.query.scale is not None,
-            "stop_tokens": list(stop_tokens),
-        }
-        (aside / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        aside.chmod(0o755)
-        aside.rename(folder)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+        with files.folder_aside(folder) as aside:
+            with ocp.PyTreeCheckpointer() as checkpointer:
+                checkpointer.save(aside / _WEIGHTS, {parameter_name(path): leaf for path, leaf in leaves})
+            tokenizer.save_pretrained(aside / _TOKENIZER)
+            (aside / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    except Exception as error:  # Orbax, TensorStore and tokenizers raise many kinds for a full disk
+        raise UserError(f"{folder}: cannot be written ({reason(error)})") from error
 
 
-def _config_to_json(config: ModelConfig) -> dict[str, Any]:
-    fields = dataclasses.asdict(config)
-    if config.rope_scaling is not None:
-        fields["rope_scaling"] = {"kind": type(config.rope_scaling).__name__, **fields["rope_scaling"]}
-    return fields
+def _check_sizes(stored: Mapping[str, Any], path: pathlib.Path) -> None:
+    """Raise a `UserError` if reading arrays would take far more memory than their files hold.
 
-
-def _config_from_json(fields: Any, source: str) -> ModelConfig:
-    try:
-        values = {name: _tuple(value) for name, value in fields.items()}
-        scaling = values.pop("rope_scaling", None)
-        if scaling is not None:
-            kind = _SCALINGS[scaling["kind"]]
-            scaling = kind(**{name: _tuple(value) for name, value in scaling.items() if name != "kind"})
-        config = ModelConfig(**values, rope_scaling=scaling)
-    except (AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"{source}: field 'config' is damaged ({error!r})") from error
-    if config.family not in FAMILIES:
-        raise UserError(f"{source}: family {config.family!r} is not supported; supported: {', '.join(FAMILIES)}")
-    return config
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    Args:
+      stored: name -> Orbax's metadata of an array.
+    """
+    for name, array in stored.items():
+        chunk = array.storage.chunk_shape
+        if math.prod(chunk) > math.prod(array.shape):
+            raise UserError(f"{path}: {name} of shape {list(array.shape)} has larger chunks, of shape {list(chunk)}")
+    claimed = sum(math.prod(array.shape) * array.dtype.itemsize for array in stored.values())
+    held = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    if claimed > _MOST_PER_BYTE * held:
+        raise UserError(
+            f"{path}: the arrays take {claimed:,} bytes and the files {held:,}, expected at least one in "
+            f"{_MOST_PER_BYTE} of those; convert the model again"
+        )

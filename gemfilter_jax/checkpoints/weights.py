@@ -27,6 +27,7 @@ BytesRead = Callable[[int, int], None]
 
 _BLOCK_BYTES = 8 * 2**20
 _LARGEST_INT8 = 127
+_LONGEST_SHOWN = 10_000  # characters of a list of problems, whose length is up to the file
 
 
 class Tensors(Protocol):
@@ -168,7 +169,7 @@ def _parts(config: ModelConfig) -> list[_Part]:
 
 
 def check_tensors(config: ModelConfig, tensors: Tensors, source: str) -> None:
-    """Raise a `UserError` that lists all problems with the set of tensors."""
+    """Raise a `UserError` that lists the problems with the set of tensors."""
     if config.layers > len(tensors.shapes):
         raise UserError(
             f"{source}: the tensors do not fit the model's config: it says {config.layers} layers, "
@@ -182,7 +183,7 @@ def check_tensors(config: ModelConfig, tensors: Tensors, source: str) -> None:
 
 
 def check_arrays(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], int8: bool, source: str) -> None:
-    """Raise a `UserError` that lists all problems with the shapes of a whole model's stored parameters."""
+    """Raise a `UserError` that lists the problems with the shapes of a whole model's stored parameters."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(abstract_decoder(config, Loading(jnp.dtype(jnp.float32), int8)))
     expected = {parameter_name(path): leaf.shape for path, leaf in leaves}
     _refuse(_differences(expected, shapes), source)
@@ -202,7 +203,9 @@ def _differences(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tu
 
 def _refuse(problems: list[str], source: str) -> None:
     if problems:
-        raise UserError(f"{source}: the tensors do not fit the model's config: {'; '.join(_layers_joined(problems))}")
+        listed = "; ".join(_layers_joined(problems))
+        shown = listed if len(listed) <= _LONGEST_SHOWN else f"{listed[:_LONGEST_SHOWN]} ..."
+        raise UserError(f"{source}: the tensors do not fit the model's config: {shown}")
 
 
 def _layers_joined(problems: list[str]) -> list[str]:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from gemfilter_jax.evals.calibration.learning import Recall
     from gemfilter_jax.methods.presets import Preset
 
+_MOST_QUESTIONS = 10_000
+
 FLAGS = flags.FlagValues()
 options.define_model(FLAGS)
 flags.DEFINE_string("output", None, "Write the preset to this JSON file.", flag_values=FLAGS)
@@ -65,6 +67,7 @@ flags.DEFINE_integer(
     18,
     "Questions of each built-in kind for learning, at most 48 about documents.",
     lower_bound=1,
+    upper_bound=_MOST_QUESTIONS,
     flag_values=FLAGS,
 )
 flags.DEFINE_integer(
@@ -72,10 +75,16 @@ flags.DEFINE_integer(
     18,
     "Questions of each built-in kind for measuring, at most 48 about documents.",
     lower_bound=1,
+    upper_bound=_MOST_QUESTIONS,
     flag_values=FLAGS,
 )
 flags.DEFINE_integer(
-    "distractors", 2, "Facts in each text that look like the asked one.", lower_bound=0, flag_values=FLAGS
+    "distractors",
+    2,
+    "Facts in each text that look like the asked one.",
+    lower_bound=0,
+    upper_bound=_MOST_QUESTIONS,
+    flag_values=FLAGS,
 )
 flags.DEFINE_string("texts", None, "Hide facts in the .txt and .md files of this folder.", flag_values=FLAGS)
 flags.DEFINE_integer("seed", 0, "Random seed of facts, their places and texts.", flag_values=FLAGS)

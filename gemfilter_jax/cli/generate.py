@@ -145,11 +145,13 @@ def _answer_one_text() -> None:
 
     model = options.load_pipeline(FLAGS)
     method = options.chosen_method(FLAGS, model)
+    from gemfilter_jax.reporting import terminal
+
     if len(FLAGS.question) > 1 or FLAGS.document_cache is not None:
         document = model.document(text, method=method, cache=FLAGS.document_cache)
         for question in FLAGS.question:
             if len(FLAGS.question) > 1 and FLAGS.format == "text" and processes.is_first():
-                print(question, flush=True)
+                terminal.write(question)
             _answer(model, method, question, functools.partial(document.ask, question))
     else:
         question = FLAGS.question[0] if FLAGS.question else None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from gemfilter_jax import files, methods
-from gemfilter_jax.errors import UserError
+from gemfilter_jax.errors import UserError, printable
 from gemfilter_jax.methods.base import Method
 from gemfilter_jax.methods.gemfilter.method import GemFilter
 from gemfilter_jax.parallel import processes
@@ -356,7 +356,7 @@ def load_pipeline(
 def chosen_method(values: flags.FlagValues, model: "Pipeline") -> Method:
     """The method of --rule with the given flags over the model's preset; prints a note if the model has no preset."""
     if model.preset.name == "none" and values.filter_layer is None and processes.is_first():
-        print(model.preset.source, file=sys.stderr)
+        print(printable(model.preset.source), file=sys.stderr)
     method = methods.make(values.rule, model.preset, **_given(values) | _budget(values.keep))
     method.check(model.checkpoint.model)
     return method

@@ -13,6 +13,7 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from gemfilter_jax.errors import UserError
+from gemfilter_jax.files import check_plain
 
 if TYPE_CHECKING:
     from gemfilter_jax.evals.example import Outcome
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from gemfilter_jax.files import GrowingFile
 
 _WHERE_IT_RAN = "environment"
+_LARGEST_FILE = 1 << 32  # bytes
 _LONGEST = 1e9  # seconds
 _MOST_TOKENS = 1e12
 _LONGEST_SHOWN = 200  # characters of a heading's field in an error
@@ -233,6 +235,7 @@ def read(paths: Iterable[pathlib.Path]) -> ResultFile:
     examples: dict[tuple, str] = {}
     missing = []
     for path in paths:
+        check_plain(path, _LARGEST_FILE)
         try:
             whole = path.read_bytes().splitlines(keepends=True)
         except OSError as error:

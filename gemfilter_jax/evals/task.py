@@ -13,6 +13,8 @@ if TYPE_CHECKING:  # commands read the tasks' options before they import JAX
 
     from gemfilter_jax.pipeline import KeptText
 
+MOST_EXAMPLES = 100_000  # that a task makes of one kind, or puts together
+
 WHOLE = 0.9
 """A span counts as kept if at least this share of its characters is kept: a missing full stop does no harm."""
 

@@ -3,6 +3,7 @@
 import functools
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import bm25s
 import numpy as np
@@ -20,19 +21,13 @@ def bm25(passages: Sequence[str], question: str, *, stems: bool = False) -> np.n
     Args:
       stems: compare English stems, and ignore English function words in the question.
     """
-    *corpus, asked = bm25s.tokenize(
-        [*passages, question],
-        token_pattern=r"[^\W_]+",
-        stopwords=[],
-        return_ids=False,
-        show_progress=False,
-    )
-    if stems:
-        asked = [word for word in asked if word not in _function_words()]
-        stemmer = Stemmer.Stemmer("english")
-        *corpus, asked = (stemmer.stemWords(words) for words in (*corpus, asked))
-    known = set().union(*corpus)
-    asked = [word for word in asked if word in known]
+    stemmer = Stemmer.Stemmer("english") if stems else None
+    words: Any = functools.partial(bm25s.tokenize, token_pattern=r"[^\W_]+", stopwords=[], show_progress=False)
+    asked = words([question], return_ids=False)[0]
+    if stemmer is not None:
+        asked = stemmer.stemWords([word for word in asked if word not in _function_words()])
+    corpus = words(list(passages), stemmer=stemmer)
+    asked = [word for word in asked if word in corpus.vocab]
     if not asked:
         return np.zeros(len(passages), np.float32)
     logging.getLogger("bm25s").setLevel(logging.WARNING)  # it tells of every index that it builds

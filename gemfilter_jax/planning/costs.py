@@ -14,6 +14,8 @@ import jax
 import numpy as np
 from jax.extend import core
 
+from gemfilter_jax.errors import UserError
+
 Known = np.ndarray | None
 """A value, or None if it is unknown."""
 
@@ -76,10 +78,16 @@ def of_program(function: Any, *arguments: Any, **options: Any) -> Costs:
 
     Args:
       arguments, options: NumPy arrays for known values, `jax.ShapeDtypeStruct`s for unknown ones; static options.
+
+    Raises:
+      UserError: a loop's bounds are arrays that are too large to follow.
     """
     jaxpr = function.trace(*arguments, **options).jaxpr
     leaves = [leaf for leaf in jax.tree.leaves((arguments, options)) if hasattr(leaf, "shape")]
-    return _Walk({}).through(jaxpr, [_small(leaf) if isinstance(leaf, np.ndarray) else None for leaf in leaves])[1]
+    try:
+        return _Walk({}).through(jaxpr, [_small(leaf) if isinstance(leaf, np.ndarray) else None for leaf in leaves])[1]
+    except _UnknownError as error:
+        raise UserError("the program's loops are too long to be counted; give fewer tokens") from error
 
 
 class _UnknownError(Exception):

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from gemfilter_jax.errors import printable
 from gemfilter_jax.reporting import terminal
 
 if TYPE_CHECKING:
@@ -19,11 +20,10 @@ def show(console: Console, model: str, plan: "Plan", larger: "Topology | None") 
     request = plan.request
     attention = "tri_shape" if request.is_tri_shape else "dense"
     layer, layers = request.method.filter_layer, request.config.layers
-    console.print(
-        f"{model}, {request.tokens:,} tokens, keep {request.method.keep:,}, on {plan.topology} as {plan.shape}; "
-        f"layer {layer} of {layers} picks, {attention} before it",
-        highlight=False,
-        soft_wrap=True,
+    terminal.remark(
+        console,
+        f"{printable(model)}, {request.tokens:,} tokens, keep {request.method.keep:,}, on {plan.topology} as "
+        f"{plan.shape}; layer {layer} of {layers} picks, {attention} before it",
     )
     rows = []
     for name, stage in plan.stages.items():
@@ -37,11 +37,10 @@ def show(console: Console, model: str, plan: "Plan", larger: "Topology | None") 
     console.print(terminal.table("", _WORK, rows))
     for name, stage in plan.stages.items():
         for (kind, axis), one in stage.costs.exchanges.items():
-            line = f"{name}: {one.count:,} {kind} over {axis}, {one.bytes / 1e6:,.1f} MB"
-            console.print(line, highlight=False, soft_wrap=True)
+            terminal.remark(console, f"{name}: {one.count:,} {kind} over {axis}, {one.bytes / 1e6:,.1f} MB")
     for note in plan.notes:
-        console.print(f"note: {note}", highlight=False, soft_wrap=True)
-    console.print(_verdict(plan, larger), highlight=False, soft_wrap=True)
+        terminal.remark(console, f"note: {note}")
+    terminal.remark(console, _verdict(plan, larger))
 
 
 def _work(name: str, stage: "Stage") -> list[str]:

@@ -1,6 +1,7 @@
 """Terminal output: kept passages, the closing lines of a run, tables, progress."""
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from gemfilter_jax.errors import printable
+from gemfilter_jax.errors import printable, visible
 
 if TYPE_CHECKING:  # so that a command reports mistakes before it imports JAX
     from gemfilter_jax.checkpoints.weights import BytesRead
@@ -48,11 +49,16 @@ def show_kept(console: Console, kept: "KeptText") -> None:
 def writer(lead: str = "") -> Callable[[str], None]:
     """A function that prints the pieces of an answer as they come, with `lead` before the first."""
     leads = iter([lead])
-    return lambda piece: print(next(leads, "") + piece, end="", flush=True)
+    return lambda piece: write(next(leads, "") + piece, end="")
+
+
+def write(text: str, end: str = "\n") -> None:
+    """Print text on standard output at once; a terminal shows control characters, and does not obey them."""
+    print(visible(text) if sys.stdout.isatty() else text, end=end, flush=True)
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split("\n"))
+    return " ".join(visible(text).split("\n"))
 
 
 def closing_lines(kept: "KeptText", layers: str, timings: Mapping[str, float]) -> str:

@@ -10,9 +10,7 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import pathlib
-import stat
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -129,9 +127,8 @@ def answer(
 
 def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
     """The lines of a file that are not blank, each with its number from 1, without a byte-order mark."""
+    files.check_plain(path)
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise UserError(f"{path}: is no plain file; give one")
         with path.open("rb") as file:
             for number in itertools.count(1):
                 line = file.readline(_LONGEST_LINE + 1)

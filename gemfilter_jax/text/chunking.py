@@ -5,11 +5,11 @@ is told from the lines. A heading belongs to what follows it, and a piece of a f
 is linear in the length of the text.
 """
 
-import dataclasses
+import functools
 import itertools
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -19,68 +19,60 @@ _LEADING = 200  # characters, about, of headings and small pieces that are put b
 _NARROWEST, _WIDEST = 40, 120  # columns of a line, where prose is wrapped
 _CODE = 240  # characters, about, of a piece of code
 
-_LINE = re.compile(r"[^\n]*\n|[^\n]+")
 _HAN_LETTERS = "々〇぀-ヿ㐀-鿿"  # and kana; each is a word
 _HAN = re.compile(f"[{_HAN_LETTERS}]")
 _WORD = re.compile(rf"[{_HAN_LETTERS}]|[^\W_{_HAN_LETTERS}]+")
+_BETWEEN = rf"[^\w{_HAN_LETTERS}]*(?:_[^\w{_HAN_LETTERS}]*)*"  # what is neither
+_ONE_WORD = rf"(?:{_BETWEEN}(?:[{_HAN_LETTERS}]|[^\W_{_HAN_LETTERS}]++))"
+_ONE_LETTER = rf"(?:{_BETWEEN}(?:[{_HAN_LETTERS}]|[^\W_{_HAN_LETTERS}]))"
+_NOT_SMALL = re.compile(rf"{_ONE_WORD}{{{_FEW_WORDS}}}|{_ONE_LETTER}{{{_FEW_LETTERS}}}")
+_NO_HEADING = re.compile(rf"{_ONE_WORD}{{{_HEADING_WORDS + 1}}}")
 _SENTENCE_END = re.compile(r"""[.!?…]["'”’»)\]]*(?=\s)|[。！？।؟۔]["”’」』）]*""")
+# Words with a full stop that ends no sentence: initials and abbreviations, and numbers of headings and items.
 _NO_END = re.compile(
-    r"""(?:^|[\s("'“‘\[])(?:(?:[^\W\d_]\.)*[^\W\d_]|al|approx|apr|aug|ca|capt|cf|ch|dec|dept|dr|eds?|eq|etc|feb|figs?|gen"""
-    r"""|gov|inc|jan|jr|jul|jun|lt|ltd|mr|mrs|ms|mt|nov|oct|pp?|para|prof|rev|sect?|sen|sept?|sgt|sr|st|vols?|vs)\.$"""
-    r"""|(?:^|[:;,.]\s|\b(?:and|or)\s)\s*\(?\d{1,3}(?:\.\d{1,3}){0,3}\.$""",
+    r"""(?:^|["'“‘(\[])(?:(?:[^\W\d_]\.)*[^\W\d_]|al|approx|apr|aug|ca|capt|cf|ch|dec|dept|dr|eds?|eq|etc|feb|figs?|gen"""
+    r"""|gov|inc|jan|jr|jul|jun|lt|ltd|mr|mrs|ms|mt|nov|oct|pp?|para|prof|rev|sect?|sen|sept?|sgt|sr|st|vols?|vs)\.$""",
     re.IGNORECASE,
 )
-"""What ends with a full stop and is no end of a sentence: initials, abbreviations, numbers of headings and items."""
-
-_NO = re.compile(r"\bnos?\.$", re.IGNORECASE)  # no end of a sentence if a number follows
+_NO = re.compile(r"\bnos?\.$", re.IGNORECASE)  # before a number
+_ITEM_NUMBER = re.compile(r"\(?\d{1,3}(?:\.\d{1,3}){0,3}\.$")  # at a beginning, after a mark or after one of
+_AND_OR = re.compile(r"\b(?:and|or)$", re.IGNORECASE)
 _NUMBER = re.compile(r"""\s*["'“‘(\[]*(?:[\w-]{0,12}\d|[IVXLCDM]{2,8}\b)""")
 _NEXT = re.compile(r"""\s*["'“‘(\[]*(\w)""")
-_REACH = 16  # characters before a full stop that `_NO_END` looks at
+_REACH = 16  # characters before a full stop that are looked at
 _ITEM = re.compile(
     r"\s*(?:[-*+•‣▪◦·–—]\s|\(?(?:\d{1,3}|[a-zA-Z]|[ivxIVX]{1,5})[.)]\s|#{1,6}\s|\|"
     r"|(?:[A-Z][\w .'/()-]{0,30}|[\w.-]{1,30}):\s)"
 )
 """The beginning of a list item, a heading, a row, a turn of a dialogue, a key with its value."""
 
-_CODE_LINE = re.compile(
-    r"\s*(?:(?:def|class|if|for|while|elif|else|try|func|fn|let|const|var|public|private|static)\b.*[:;{(]\s*$"
-    r"|(?:import|from|return|using|package)\s|[#@]\w|//|/\*|\*/|[)\]}]+[;,]?\s*$|[\w.\[\]\"']+\s*[-+*/:]?=\s*\S)"
-    r"|.*[{};(\[]\s*$|.*[\])}\"\w'],\s*$"
+# Of lines without white space at their ends:
+_CODE_START = re.compile(
+    r"\s*(?:(?:def|class|if|for|while|elif|else|try|func|fn|let|const|var|public|private|static)\b.*:$"
+    r"|(?:import|from|return|using|package)\s|[#@]\w|//|/\*|\*/|[)\]}]+[;,]?$|[\w.\[\]\"']+\s*[-+*/:]?=\s*\S)"
 )
-_CLOSER = re.compile(r"\s*[)\]}]+[;,]?\s*$")
+_CODE_END = re.compile(r".?[{};(\[]$|[\])}\"\w'],$")
+_CLOSER = re.compile(r"\s*[)\]}]+[;,]?$")
 _DELIMITERS = ("\t", ";", "|", ",")
-
-
-@dataclasses.dataclass
-class _Block:
-    """Lines of a text without blank lines between them.
-
-    Attributes:
-      lines: the lines, without white space at their ends.
-      starts, ends: the characters at which each begins and ends; blank lines belong to the line before them.
-    """
-
-    lines: list[str] = dataclasses.field(default_factory=list)
-    starts: list[int] = dataclasses.field(default_factory=list)
-    ends: list[int] = dataclasses.field(default_factory=list)
 
 
 def passage_ends(text: str) -> np.ndarray:
     """int64 [n], increasing: the characters at which the passages of a text end; the last is the length of the text."""
     ends: list[int] = []
     last = begun = 0  # where the last passage and the one at hand begin
-    for block in _blocks(text):
-        code = _is_code(block)
-        for start, end in _pieces_of_code(block) if code else _pieces_of_prose(text, block):
-            first = start == block.starts[0]
-            wordless = not _WORD.search(text, start, end)
-            small_line = text[start - 1 : start] == "\n" and _is_small(text, start, end)
-            if ends and not first and begun == start and (wordless or (small_line and end - last < _LEADING)):
-                ends[-1] = begun = end
-                continue
-            heads = first and not code and _is_heading(text, start, end, block)
-            if (heads or _is_small(text, begun, end)) and end - begun < _LEADING:
-                continue
+    for lines, starts in _blocks(text):
+        code = _is_code(lines)
+        for start, end in _pieces_of_code(lines, starts) if code else _pieces_of_prose(text, lines, starts):
+            first = start == starts[0]
+            if ends and not first and begun == start:
+                small_line = end - last < _LEADING and text[start - 1] == "\n" and _is_small(text, start, end)
+                if small_line or not _WORD.search(text, start, end):
+                    ends[-1] = begun = end
+                    continue
+            if end - begun < _LEADING:
+                heads = first and not code and end == starts[1] and _is_heading(lines)
+                if heads or _is_small(text, begun, end):
+                    continue
             ends.append(end)
             last, begun = begun, end
     if begun < len(text):
@@ -88,77 +80,94 @@ def passage_ends(text: str) -> np.ndarray:
     return np.asarray(ends, np.int64)
 
 
-def _blocks(text: str) -> Iterator[_Block]:
-    block, blank = _Block(), False
-    for match in _LINE.finditer(text):
-        line = match[0].rstrip()
-        if not line:
-            blank = True
-            block.ends[-1:] = [match.end()] if block.ends else []
-            continue
-        if blank and block.lines:
-            yield block
-            block = _Block()
-        block.lines.append(line)
-        block.starts.append(match.start())
-        block.ends.append(match.end())
-        blank = False
-    if block.lines:
-        yield block
+def _blocks(text: str) -> Iterator[tuple[list[str], list[int]]]:
+    """Runs of n lines without blank lines between them.
+
+    Yields:
+      The lines, without white space at their ends, and the characters [n + 1] at which they and the next block begin.
+      Blank lines belong to the line before them.
+    """
+    lines: list[str] = []
+    starts: list[int] = []
+    at, blank = 0, False
+    for whole in text.split("\n"):
+        line = whole.rstrip()
+        if line:
+            if blank and lines:
+                starts.append(at)
+                yield lines, starts
+                lines, starts = [], []
+            lines.append(line)
+            starts.append(at)
+        blank = not line
+        at += len(whole) + 1
+    if lines:
+        starts.append(len(text))
+        yield lines, starts
 
 
-def _is_code(block: _Block) -> bool:
-    return 1 < len(block.lines) < 2 * sum(bool(_CODE_LINE.match(line)) for line in block.lines)
+def _is_code(lines: Sequence[str]) -> bool:
+    return 1 < len(lines) < 2 * sum(map(_is_line_of_code, lines))
 
 
-def _pieces_of_code(block: _Block) -> Iterator[tuple[int, int]]:
+def _is_line_of_code(line: str) -> bool:
+    return bool((line[-1] in "{};([," and _CODE_END.match(line[-2:])) or _CODE_START.match(line))
+
+
+def _pieces_of_code(lines: Sequence[str], starts: Sequence[int]) -> Iterator[tuple[int, int]]:
     """Lines of about `_CODE` characters, cut where the indentation goes back, if it does."""
-    begun = indentation = 0
-    for index, line in enumerate(block.lines):
+    begun = starts[0]
+    indentation = 0
+    for line, start, end in zip(lines, starts, starts[1:], strict=False):
         if _CLOSER.match(line):
             continue
-        back = _indentation(line) < indentation and block.starts[index] - block.starts[begun] >= _CODE // 3
-        if index > begun and (back or block.ends[index] - block.starts[begun] > _CODE):
-            yield block.starts[begun], block.starts[index]
-            begun = index
-        indentation = _indentation(line)
-    yield block.starts[begun], block.ends[-1]
+        own = len(line) - len(line.lstrip())
+        if start > begun and (end - begun > _CODE or (own < indentation and start - begun >= _CODE // 3)):
+            yield begun, start
+            begun = start
+        indentation = own
+    yield begun, starts[-1]
 
 
-def _indentation(line: str) -> int:
-    return len(line) - len(line.lstrip())
-
-
-def _pieces_of_prose(text: str, block: _Block) -> Iterator[tuple[int, int]]:
+def _pieces_of_prose(text: str, lines: Sequence[str], starts: Sequence[int]) -> Iterator[tuple[int, int]]:
     """Sentences, within lines or groups of lines that are wrapped."""
-    ends_something = _ends_something(block)
-    cuts = [index for index in range(1, len(block.lines)) if ends_something(index)]
-    for first, after in itertools.pairwise([0, *cuts, len(block.lines)]):
-        yield from _sentences(text, block.starts[first], block.ends[after - 1])
+    for first, after in itertools.pairwise([0, *_cuts(lines), len(lines)]):
+        yield from _sentences(text, starts[first], starts[after - 1] + len(lines[after - 1]), starts[after])
 
 
-def _ends_something(block: _Block) -> Callable[[int], bool]:
-    """Whether the line break before line i of a block does more than wrap prose."""
-    lines = block.lines
-    width = max(map(_columns, lines))
-    small = sum(map(_begins_small, lines))
-    rows = len(lines) > 3 and (4 * small < len(lines) or _is_table(lines))
+def _cuts(lines: Sequence[str]) -> Sequence[int]:
+    """The lines of a block, but the first, before which a line break does more than wrap prose."""
+    every = range(1, len(lines))
+    if not every or max(map(len, lines)) > _WIDEST:
+        return every
+    columns = [_columns(line) for line in lines]
+    width = max(columns)
+    small = [_begins_small(line) for line in lines]
+    if width > _WIDEST or (len(lines) > 3 and (4 * sum(small) < len(lines) or _is_table(lines))):
+        return every
 
-    def ends(index: int) -> bool:
-        before, line = lines[index - 1], lines[index].lstrip()
-        if rows or width > _WIDEST or _ITEM.match(line):
+    def ends_something(index: int) -> bool:
+        line = lines[index].lstrip()
+        if _ITEM.match(line):
             return True
-        han = _HAN.match(line)  # two columns, and two for a comma, which begins no line
+        han = _HAN.match(line)
+        if small[index] and not han:
+            return False
+        # a Chinese character takes two columns, and a comma, which begins no line, two more
         needed = 4 if han else 1 + _columns(line.split(maxsplit=1)[0])
-        wrapped = width >= _NARROWEST and _columns(before) + needed > width
-        return not (wrapped or (not han and _begins_small(line)))
+        return width < _NARROWEST or columns[index - 1] + needed <= width
 
-    return ends
+    return [index for index in every if ends_something(index)]
 
 
 def _columns(line: str) -> int:
     """The width of a line in a terminal, where characters of East Asia take two columns."""
-    return len(line) + (not line.isascii() and sum(unicodedata.east_asian_width(one) in "WF" for one in line))
+    return len(line) + (not line.isascii() and sum(map(_is_wide, line)))
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _is_wide(character: str) -> bool:
+    return unicodedata.east_asian_width(character) in "WF"
 
 
 def _begins_small(line: str) -> bool:
@@ -169,39 +178,41 @@ def _begins_small(line: str) -> bool:
 
 def _is_table(lines: Sequence[str]) -> bool:
     """Whether all lines have two or more of the same delimiter, the same number of it each."""
-    counts = (sorted({line.count(one) for line in lines}) for one in _DELIMITERS)
-    return any(len(found) == 1 and found[0] > 1 for found in counts)
+    counts = [(one, lines[0].count(one)) for one in _DELIMITERS]
+    return any(count > 1 and all(line.count(one) == count for line in lines) for one, count in counts)
 
 
-def _sentences(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
-    last = start + len(text[start:end].rstrip())
+def _sentences(text: str, start: int, last: int, end: int) -> Iterator[tuple[int, int]]:
+    """Pieces of the characters from `start` to `end`, of which those from `last` on are white space."""
     for match in _SENTENCE_END.finditer(text, start, last):
-        if match.end() == last:
+        stop, after = match.span()
+        if after == last:
             break
-        following = _NEXT.match(text, match.end(), end)
-        near = text[max(start, match.start() + 1 - _REACH) : match.start() + 1]
+        following = _NEXT.match(text, after, end)
         if following is not None and following[1].islower():
             continue
-        if match[0][0] == "." and (
-            _NO_END.search(near) or (_NO.search(near) and _NUMBER.match(text, match.end(), end))
-        ):
-            continue
-        yield start, match.end()
-        start = match.end()
+        if text[stop] == "." and stop > start and text[stop - 1].isalnum():
+            *before, word = text[max(start, stop + 1 - _REACH) : stop + 1].rsplit(maxsplit=1)
+            if word[-2].isdecimal():
+                begins = not before or before[0][-1] in ":;,." or _AND_OR.search(before[0])
+                if begins and _ITEM_NUMBER.match(word):
+                    continue
+            elif _NO_END.search(word) or (_NO.search(word) and _NUMBER.match(text, after, end)):
+                continue
+        yield start, after
+        start = after
     yield start, end
 
 
 def _is_small(text: str, start: int, end: int) -> bool:
-    words = list(itertools.islice(_WORD.finditer(text, start, end), _FEW_WORDS))
-    return len(words) < _FEW_WORDS and sum(len(word[0]) for word in words) < _FEW_LETTERS
+    return not _NOT_SMALL.match(text, start, end)
 
 
-def _is_heading(text: str, start: int, end: int, block: _Block) -> bool:
-    """Whether a block's first piece is a line of a few words that does not end as a sentence."""
-    if end != block.ends[0]:
+def _is_heading(lines: Sequence[str]) -> bool:
+    """Whether a block's first line is one of a few words that does not end as a sentence."""
+    line = lines[0]
+    if line[-1] in ".!…。;," and not line.lstrip().startswith("#"):
         return False
-    line = block.lines[0]
-    if len(block.lines) > 1 and _ITEM.match(line) and _ITEM.match(block.lines[1]):
+    if len(lines) > 1 and _ITEM.match(line) and _ITEM.match(lines[1]):
         return False
-    words = list(itertools.islice(_WORD.finditer(text, start, end), _HEADING_WORDS + 1))
-    return len(words) <= _HEADING_WORDS and (line.lstrip().startswith("#") or line[-1] not in ".!…。;,")
+    return not _NO_HEADING.match(line)

@@ -10,6 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from gemfilter_jax.errors import UserError
 
+_NAMES = ("input_ids", "offset_mapping", "special_tokens_mask")
+
 
 def control_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Ids of the control tokens.
@@ -42,17 +44,26 @@ def spelled_out(
       UserError: the tokenizer has no ordinary tokens for a control token's text.
     """
     control = control_ids(tokenizer)
-    columns = [encoded[name] for name in ("input_ids", "offset_mapping", "special_tokens_mask")]
-    rows: list[tuple[int, tuple[int, int], int]] = []
-    for token, (start, end), added in zip(*columns, strict=True):
-        unknown = token == tokenizer.unk_token_id and str(tokenizer.unk_token) not in text[start:end]
-        if added or unknown or token not in control or not _holds(text, start, end, brought):
-            rows.append((token, (start, end), added))
+    unknown: Any = tokenizer.unk_token_id
+    unknown_text = str(tokenizer.unk_token)
+    spell = functools.cache(functools.partial(_spell, tokenizer, control - {unknown}))
+    ids, offsets, masks = (encoded[name] for name in _NAMES)
+    spelled: tuple[list[int], list[tuple[int, int]], list[int]] = [], [], []
+    done = 0
+    for place in [place for place, token in enumerate(ids) if token in control]:
+        start, end = offsets[place]
+        is_unknown = ids[place] == unknown and unknown_text not in text[start:end]
+        if masks[place] or is_unknown or not _holds(text, start, end, brought):
             continue
-        spelled = _spell(tokenizer, text[start:end])
-        rows += [(letter, (start + first, start + last), 0) for letter, (first, last) in spelled]
-    names = ("input_ids", "offset_mapping", "special_tokens_mask")
-    return {name: [row[column] for row in rows] for column, name in enumerate(names)}
+        letters, ranges = spell(text[start:end])
+        between = slice(done, place)
+        spelled[0].extend([*ids[between], *letters])
+        spelled[1].extend([*offsets[between], *((start + first, start + last) for first, last in ranges)])
+        spelled[2].extend([*masks[between], *([0] * len(letters))])
+        done = place + 1
+    return {
+        name: [*made, *given[done:]] for name, made, given in zip(_NAMES, spelled, (ids, offsets, masks), strict=True)
+    }
 
 
 def _holds(text: str, start: int, end: int, brought: Sequence[tuple[int, int]]) -> bool:
@@ -60,21 +71,20 @@ def _holds(text: str, start: int, end: int, brought: Sequence[tuple[int, int]]) 
     return any(text[max(start, first) : min(end, last)].strip() for first, last in brought)
 
 
-def _spell(tokenizer: PreTrainedTokenizerBase, marker: str) -> list[tuple[int, tuple[int, int]]]:
-    """Ids and offsets of a control token's text, encoded as ordinary text."""
-    unknown: Any = tokenizer.unk_token_id
-    control, plain = control_ids(tokenizer) - {unknown}, _without_control(tokenizer)
+def _spell(
+    tokenizer: PreTrainedTokenizerBase, control: frozenset[int], marker: str
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids and offsets of a control token's text, encoded as ordinary text: without `control`, the ids that steer."""
+    plain = _without_control(tokenizer)
     encoding = plain.encode(marker, add_special_tokens=False)
-    found = list(zip(encoding.ids, encoding.offsets, strict=True))
-    if any(token in control for token, _ in found):  # the base vocabulary contains the marker too
-        found = [
-            (token, (place, place + 1))
-            for place, letter in enumerate(marker)
-            for token in plain.encode(letter, add_special_tokens=False).ids
-        ]
-    if any(token in control for token, _ in found):
+    ids, offsets = encoding.ids, encoding.offsets
+    if not control.isdisjoint(ids):  # the base vocabulary contains the marker too
+        letters = [plain.encode(letter, add_special_tokens=False).ids for letter in marker]
+        ids = [token for tokens in letters for token in tokens]
+        offsets = [(place, place + 1) for place, tokens in enumerate(letters) for _ in tokens]
+    if not control.isdisjoint(ids):
         raise UserError(f"the prompt holds {marker!r}, for which the tokenizer has no ordinary tokens; remove it")
-    return found
+    return ids, offsets
 
 
 @functools.lru_cache(maxsize=4)

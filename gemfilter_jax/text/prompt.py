@@ -12,14 +12,15 @@ import re
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from gemfilter_jax.errors import UserError, reason
+from gemfilter_jax.errors import UserError, check_text, is_fault, out_of_memory, reason
+from gemfilter_jax.text import chat_template as chat_templates
 from gemfilter_jax.text import chunking, control_tokens
 
-_SENTINEL = "\u2063content\u2063"  # placeholder for the message in a template; occurs in no template
 MESSAGE_FORMAT = "<text>\n{text}\n</text>\n\nAnswer from the text above: {question}"
 """The message made of a document and a question. If the document contains "</text>", the tags are numbered: "<text-2>",
 or the first number whose closing tag the document does not contain."""
 
+_NUMBERED = re.compile(r"</text-([1-9][0-9]*)>")
 _FRAME = re.compile(r"(?<=<)text(?=>)|(?<=</)text(?=>)")
 
 
@@ -91,22 +92,27 @@ def encode(
         question.
 
     Raises:
-      UserError: the text is empty or yields no tokens, or the message format lacks {text} or {question}.
+      UserError: the text or the question is no string or no Unicode, the text is empty or yields no tokens, or the
+        message format lacks {text} or {question}.
     """
-    for name, value in (("text", text), ("question", "" if question is None else question)):
-        if not isinstance(value, str):
-            raise UserError(f"the {name} is of type {type(value).__name__}, expected a string")
+    check_text(text, "the text")
+    check_text("" if question is None else question, "the question")
     if not text.strip():
         raise UserError("the prompt is empty; give some text")
     before, after = _around(tokenizer, question, chat_template, _framing(text, message_format))
     whole = f"{before.text}{text}{after.text}"
-    encoded = tokenizer(
-        whole,
-        add_special_tokens=not _has_template(tokenizer, chat_template),
-        return_offsets_mapping=True,
-        return_special_tokens_mask=True,
-        verbose=False,
-    )
+    try:
+        encoded = tokenizer(
+            whole,
+            add_special_tokens=not _has_template(tokenizer, chat_template),
+            return_offsets_mapping=True,
+            return_special_tokens_mask=True,
+            verbose=False,
+        )
+    except BaseException as error:
+        if out_of_memory(error) or not is_fault(error):
+            raise
+        raise UserError(f"the tokenizer fails at this text ({reason(error)})") from error
     encoded = control_tokens.spelled_out(tokenizer, whole, encoded, _brought(before, text, after))
     added = np.asarray(encoded["special_tokens_mask"], np.bool)
     if added.all():
@@ -150,9 +156,11 @@ def check_format(tokenizer: PreTrainedTokenizerBase, chat_template: bool, messag
 
 def _framing(text: str, message_format: str) -> str:
     """The message format, with the tags of `MESSAGE_FORMAT` numbered if the document contains the closing tag."""
-    if message_format != MESSAGE_FORMAT or "</text>" not in text.lower():
+    lowered = text.lower()
+    if message_format != MESSAGE_FORMAT or "</text>" not in lowered:
         return message_format
-    number = next(number for number in itertools.count(2) if f"</text-{number}>" not in text.lower())
+    taken = set(_NUMBERED.findall(lowered))
+    number = next(number for number in itertools.count(2) if str(number) not in taken)
     return _FRAME.sub(f"text-{number}", message_format)
 
 
@@ -167,7 +175,7 @@ def _around(
     tokenizer: PreTrainedTokenizerBase, question: str | None, chat_template: bool, message_format: str
 ) -> tuple[_Frame, _Frame]:
     """The parts of a prompt before and after its document; arguments and errors as in `encode`."""
-    before, after = _template_around(tokenizer) if _has_template(tokenizer, chat_template) else ("", "")
+    before, after = chat_templates.around(tokenizer) if _has_template(tokenizer, chat_template) else ("", "")
     if question is None:
         return _Frame(before), _Frame(after)
     message_start, message_end = _message_around(message_format, question)
@@ -195,21 +203,6 @@ def _with_question(part: str, question: str) -> _Frame:
         places.append((len(made), len(made) + len(question)))
         made += question
     return _Frame(made + pieces[-1], tuple(places))
-
-
-def _template_around(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """The chat template's text before and after a user's message, including the assistant header."""
-    message = [{"role": "user", "content": _SENTINEL}]
-    try:
-        rendered = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
-    except Exception as error:  # a template is a program and may raise any error
-        raise UserError(f"the tokenizer's chat template fails ({reason(error)}); turn it off") from error
-    before, *after = rendered.split(_SENTINEL)
-    if len(after) != 1:
-        raise UserError(
-            f"the tokenizer's chat template holds the user's message {len(after)} times, expected once; turn it off"
-        )
-    return before, after[0]
 
 
 def _without_gaps(offsets: np.ndarray, added: np.ndarray, length: int) -> np.ndarray:

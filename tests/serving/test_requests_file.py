@@ -155,14 +155,14 @@ _BAD = [
     ({"prompt": "ab", "id": ["x"]}, "id is not a string or a number"),
     (b'{"prompt": "ab", "id": 1e999}', "id is inf"),
     ({"prompt_file": "no.txt"}, "prompt_file 'no.txt': cannot be read (No such file or directory)"),
-    ({"prompt_file": "."}, "prompt_file '.': is no plain file"),
+    ({"prompt_file": "."}, "prompt_file '.': found a folder, expected a plain file"),
     ({"prompt_file": "a\0b"}, "cannot be read"),
-    ({"prompt_file": "fifo"}, "is no plain file"),
+    ({"prompt_file": "fifo"}, "expected a plain file"),
     ({"prompt_file": "zero"}, "lies outside the folder of the requests; --outside_files allows that"),
     ({"prompt_file": "../book.txt"}, "lies outside the folder"),
     ({"prompt_file": "/dev/zero"}, "lies outside the folder"),
     ({"prompt_file": "loop"}, "cannot be read"),
-    ({"prompt_file": "large.txt"}, "is longer than 256 MiB"),
+    ({"prompt_file": "large.txt"}, "expected at most 268,435,456"),
     ({"prompt_file": "latin1.txt"}, "prompt_file 'latin1.txt': not UTF-8 (byte 0xe9 at offset 1)"),
     ({"prompt": " \n"}, "prompt is empty"),
     ({"prompt": "ab", "question": " "}, "question is empty"),
@@ -321,7 +321,7 @@ def test_requests_that_cannot_be_read(tmp_path):
         _finished(tmp_path / "no.jsonl", tmp_path / "answers.jsonl")
     os.mkfifo(tmp_path / "fifo")
     for path in (tmp_path / "fifo", tmp_path, pathlib.Path("/dev/zero")):
-        with pytest.raises(UserError, match="is no plain file"):
+        with pytest.raises(UserError, match="expected a plain file"):
             _finished(path, tmp_path / "answers.jsonl")
 
 

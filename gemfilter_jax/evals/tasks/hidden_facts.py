@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.evals import haystack, metrics
 from gemfilter_jax.evals.example import Example
-from gemfilter_jax.evals.task import Task
+from gemfilter_jax.evals.task import MOST_EXAMPLES, Task
 from gemfilter_jax.settings import option
 
 if TYPE_CHECKING:
@@ -138,10 +138,12 @@ class HiddenFacts(Task):
 
     name: ClassVar[str] = "hidden_facts"
     title: ClassVar[str] = "Hidden facts"
-    count: int = option(60, "Questions of each length.", at_least=1)
+    count: int = option(60, "Questions of each length.", at_least=1, at_most=MOST_EXAMPLES)
     facts: int = option(1, "Facts of one kind that a question asks for.", at_least=1, at_most=4)
-    distractors: int = option(2, "Facts in the text that look like the asked ones.", at_least=0)
-    per_text: int = option(1, "Questions asked of each text, which is read once for them.", at_least=1)
+    distractors: int = option(2, "Facts in the text that look like the asked ones.", at_least=0, at_most=MOST_EXAMPLES)
+    per_text: int = option(
+        1, "Questions asked of each text, which is read once for them.", at_least=1, at_most=MOST_EXAMPLES
+    )
     seed: int = option(0, "Random seed of the facts and their places.")
     texts: str | None = option(None, "Hide facts in the .txt and .md files of this folder.")
     split: SplitName = "held_out"

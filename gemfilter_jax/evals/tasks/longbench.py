@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.evals import jsonl, longbench_metrics
 from gemfilter_jax.evals.example import Example, token_count
-from gemfilter_jax.evals.task import Task
+from gemfilter_jax.evals.task import MOST_EXAMPLES, Task
 from gemfilter_jax.settings import option
 
 if TYPE_CHECKING:
@@ -110,7 +110,9 @@ class LongBench(Task):
         None,
         "Datasets, separated by commas; by default all of a file, or the 14 English ones of a folder, without code.",
     )
-    count: int | None = option(None, "Examples of each dataset, the first ones; all by default.", at_least=1)
+    count: int | None = option(
+        None, "Examples of each dataset, the first ones; all by default.", at_least=1, at_most=MOST_EXAMPLES
+    )
     truncate: int | None = option(
         None, "Cut longer prompts to this many tokens, chat template excluded, by leaving out the middle.", at_least=2
     )

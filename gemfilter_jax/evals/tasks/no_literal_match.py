@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.evals import haystack, metrics
 from gemfilter_jax.evals.example import Example
-from gemfilter_jax.evals.task import Task
+from gemfilter_jax.evals.task import MOST_EXAMPLES, Task
 from gemfilter_jax.settings import option
 
 if TYPE_CHECKING:
@@ -85,8 +85,12 @@ class NoLiteralMatch(Task):
     split: Literal["all", "train", "held_out"] = option(
         "all", "Ask for every fact, or for those of one half, of which train is the one that presets are learned on."
     )
-    count: int | None = option(None, "Questions of each length; each fact once per hop if unset.", at_least=1)
-    distractors: int = option(2, "Facts in the text about other people and of other kinds.", at_least=0)
+    count: int | None = option(
+        None, "Questions of each length; each fact once per hop if unset.", at_least=1, at_most=MOST_EXAMPLES
+    )
+    distractors: int = option(
+        2, "Facts in the text about other people and of other kinds.", at_least=0, at_most=MOST_EXAMPLES
+    )
     seed: int = option(0, "Random seed of the names, the facts and their places.")
     texts: str | None = option(None, "Hide facts in the .txt and .md files of this folder.")
 

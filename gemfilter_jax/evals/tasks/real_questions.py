@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.evals import jsonl, metrics
 from gemfilter_jax.evals.example import Example, token_count
-from gemfilter_jax.evals.task import Task
+from gemfilter_jax.evals.task import MOST_EXAMPLES, Task
 from gemfilter_jax.settings import option
 
 if TYPE_CHECKING:
@@ -109,11 +109,16 @@ class RealQuestions(Task):
     questions_file: str | None = option(
         None, "JSONL file with the fields input (a text), instructions (questions) and outputs (answers). Required."
     )
-    join: int = option(1, "Documents in each text, one after another; a question still asks of its own.", at_least=1)
+    join: int = option(
+        1,
+        "Documents in each text, one after another; a question still asks of its own.",
+        at_least=1,
+        at_most=MOST_EXAMPLES,
+    )
     only: Literal["all", "multiple choice", "verbatim", "other"] = option(
         "all", "Ask all questions, or those of one group: verbatim ones have their answer in the document."
     )
-    count: int | None = option(None, "Most questions to ask. Default: all.", at_least=1)
+    count: int | None = option(None, "Most questions to ask. Default: all.", at_least=1, at_most=MOST_EXAMPLES)
     seed: int = option(0, "Random seed of the documents' order.")
 
     def __post_init__(self):

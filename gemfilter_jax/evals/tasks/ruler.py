@@ -12,7 +12,7 @@ from gemfilter_jax.evals import haystack, metrics
 from gemfilter_jax.evals.example import Example
 from gemfilter_jax.evals.ruler import documents, drafts, makers
 from gemfilter_jax.evals.ruler.makers import NEEDLE_TASKS, Essays, Maker, NeedleTask
-from gemfilter_jax.evals.task import Task
+from gemfilter_jax.evals.task import MOST_EXAMPLES, Task
 from gemfilter_jax.settings import option
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Ruler(Task):
     subtasks: str = option(
         ",".join(WITHOUT_FILES), f"Subtasks, separated by commas, of {', '.join(SUBTASKS)}. The last two need files."
     )
-    count: int = option(10, "Examples of each subtask and length.", at_least=1)
+    count: int = option(10, "Examples of each subtask and length.", at_least=1, at_most=MOST_EXAMPLES)
     seed: int = option(0, "Random seed of the examples.")
     texts: str | None = option(None, "Take essays from the .txt and .md files of this folder.")
     qa_1_file: str | None = option(None, "File dev-v2.0.json of SQuAD v2.0, for qa_1.")
