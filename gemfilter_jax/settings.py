@@ -146,6 +146,12 @@ def _kind(hint: Any) -> dict[str, Any]:
     return {"kind": hint}
 
 
+def plain(value: Any) -> Any:
+    """Python's own number for one of NumPy's, a tuple for a list or an array."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return tuple(value) if isinstance(value, list) else value
+
+
 def check(of: Any) -> None:
     """Raise a `UserError` if a dataclass has a value that its option does not allow."""
     for one in options_of(type(of)):

@@ -204,6 +204,7 @@ def define_answer(values: flags.FlagValues) -> None:
         0.0,
         "Sampling temperature; 0 always takes the likeliest token.",
         lower_bound=0.0,
+        upper_bound=1e6,
         flag_values=values,
     )
     flags.DEFINE_integer(

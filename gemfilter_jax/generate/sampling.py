@@ -28,7 +28,7 @@ class Sampling:
 GREEDY = Sampling()
 
 _OPTIONS = (
-    Option("temperature", float, 0.0, "", at_least=0),
+    Option("temperature", float, 0.0, "", at_least=0, at_most=1e6),
     Option("top_k", int, 0, "", at_least=0),
     Option("top_p", float, 1.0, "", at_least=0, at_most=1),
 )

@@ -11,6 +11,7 @@ modules that do, where they need them.
 import abc
 import dataclasses
 import pathlib
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -93,9 +94,13 @@ class Method(abc.ABC):
 
     @classmethod
     def _own(cls, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The given values that are options of this method."""
-        names = {one.name for one in cls.options()}
-        return {name: value for name, value in given.items() if name in names}
+        """The given values that are options of this method, checked; variants may give a `keep` of None or "auto"."""
+        options = {one.name: one for one in cls.options()}
+        own = {name: settings.plain(value) for name, value in given.items() if name in options}
+        for name, value in own.items():
+            if name != "keep" or (value is not None and value != "auto"):
+                options[name].check(value, f"{name} is {reprlib.repr(value)}, ")
+        return own
 
     @property
     def fields(self) -> dict[str, Any]:

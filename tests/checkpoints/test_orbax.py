@@ -150,7 +150,7 @@ def test_an_existing_folder_is_not_touched(saved, original):
 def test_nothing_is_left_of_a_failed_save(tmp_path, original, monkeypatch):
     broken = tokenizer()
     monkeypatch.setattr(broken, "save_pretrained", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match=r"model: cannot be written \(disk full\)"):
         orbax_folder.save(tmp_path / "model", "tiny", original, broken, STOPS)
     assert list(tmp_path.iterdir()) == []
 

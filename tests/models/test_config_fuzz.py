@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 from gguf import GGUFValueType as Value
 from model_files import GOLDEN, Folder
+from refusals import refusal
 
 from gemfilter_jax.checkpoints.gguf_file import GGUFFile
 from gemfilter_jax.checkpoints.hf_folder import HuggingFaceFolder, Shards
 from gemfilter_jax.checkpoints.weights import check_tensors
 from gemfilter_jax.config import ModelConfig
-from gemfilter_jax.errors import UserError
 from gemfilter_jax.models.rope import inverse_frequencies
 
 CONFIGS = ["llama_gqa_llama3", "ministral_mixed", "mistral_sliding", "phi4_partial", "qwen2_windows", "qwen3_bias_yarn"]
@@ -50,17 +50,6 @@ def use(config: ModelConfig) -> None:
             assert frequencies.shape == (config.rotated // 2,)
             assert np.isfinite(frequencies).all()
     assert all(1 <= config.reach(layer) <= config.context for layer in range(config.layers))
-
-
-def refusal(function, *args) -> str | None:
-    """None if the call was no mistake, else the one line that it was refused with."""
-    message = None
-    try:
-        function(*args)
-    except UserError as error:
-        message = str(error)
-    assert message is None or (message.isprintable() and len(message) < 20_000)
-    return message
 
 
 def places(fields: dict | list) -> list[tuple[dict | list, Any]]:

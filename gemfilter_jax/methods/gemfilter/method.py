@@ -84,16 +84,11 @@ def _lenient(owner: _Class) -> _Class:
 
     @functools.wraps(init)
     def taking(self: Any, *args: Any, **fields: Any) -> None:
-        init(self, *map(_plain, args), **{name: _plain(value) for name, value in _renamed(fields).items()})
+        named = {name: settings.plain(value) for name, value in _renamed(fields).items()}
+        init(self, *map(settings.plain, args), **named)
 
     owner.__init__ = taking
     return owner
-
-
-def _plain(value: Any) -> Any:
-    """Python's own number for one of NumPy's, a tuple for a list or an array."""
-    value = value.tolist() if hasattr(value, "tolist") else value
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _renamed(fields: Mapping[str, Any]) -> dict[str, Any]:
