@@ -1,6 +1,7 @@
 """Files: checks of output paths, atomic writes, files that grow by lines, bounded reading of text."""
 
 import contextlib
+import errno
 import fcntl
 import io
 import os
@@ -44,11 +45,11 @@ def check_writable(path: str, flag: str) -> None:
 
 def check_folder(path: str, flag: str) -> None:
     """Raise a `UserError` that names `flag` if a folder cannot be written or made; makes none."""
-    folder = _target(path)
-    there = next(one for one in (folder, *folder.parents) if one.exists())
-    if not there.is_dir():
-        raise UserError(f"--{flag}={path}: {there} is no folder; give one")
     try:
+        folder = _target(path)
+        there = next(one for one in (folder, *folder.parents) if one.exists())
+        if not there.is_dir():
+            raise UserError(f"--{flag}={path}: {there} is no folder; give one")
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
@@ -81,7 +82,7 @@ def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
     try:
         target = _target(path)
         if _is_stream(path) or _is_special(target):
-            with _opened_through(path) as file:
+            with io.BufferedWriter(_opened_through(path)) as file:
                 file.write(data)
         else:
             with aside(target) as file:
@@ -160,16 +161,15 @@ class GrowingFile:
       held: reads what the file holds so far; nothing if it is no plain file.
     """
 
-    def __init__(self, path: pathlib.Path, file: BinaryIO, *, plain: bool):
-        self.path, self._file, self._plain = path, file, plain
-        self.held: BinaryIO = file if plain else io.BytesIO()
+    def __init__(self, path: pathlib.Path, file: io.FileIO, held: BinaryIO | None = None):
+        self.path, self._file, self._plain = path, file, held is not None
+        self.held = held or io.BytesIO()
 
     def cut(self, size: int) -> None:
-        """Keep the first `size` bytes of a plain file, and go on after them."""
+        """Keep the first `size` bytes of a plain file."""
         if self._plain:
             with _told(self.path):
                 self._file.truncate(size)
-                self._file.seek(size)
 
     def append(self, data: bytes) -> None:
         """Add lines and sync them to disk. If they cannot all be written, none is.
@@ -178,10 +178,11 @@ class GrowingFile:
           UserError: they cannot be written.
         """
         with _told(self.path):
-            size = self._file.tell() if self._plain else 0
+            size = self._file.seek(0, os.SEEK_END) if self._plain else 0
+            left = memoryview(data)
             try:
-                self._file.write(data)
-                self._file.flush()
+                while left:
+                    left = left[self._file.write(left) :]
                 if self._plain:
                     os.fsync(self._file.fileno())
             except OSError:
@@ -199,19 +200,19 @@ def growing(path: pathlib.Path) -> Iterator[GrowingFile]:
     Raises:
       UserError: it cannot be written, or another run is writing it; the message has the process that does.
     """
-    if _is_stream(path) or _is_special(path):
-        with _told(path):
-            through = _opened_through(path)
+    with _told(path):
+        through = _opened_through(path) if _is_stream(path) or _is_special(_target(path)) else None
+    if through:
         with through:
-            yield GrowingFile(path, through, plain=False)
+            yield GrowingFile(path, through)
         return
     with _told(path):
-        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
-    with file:
+        file = io.FileIO(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+")
+    with file, os.fdopen(os.dup(file.fileno()), "rb") as held:
         if not _try_lock(file):
             raise UserError(f"{path}: {_holder(file)} is writing it; wait for that, or give a new file")
         try:
-            yield GrowingFile(path, file, plain=True)
+            yield GrowingFile(path, file, held)
         finally:
             if not os.fstat(file.fileno()).st_size:
                 path.unlink(missing_ok=True)
@@ -273,7 +274,10 @@ def decoded(data: bytes, name: str) -> str:
 
 def _target(path: str | os.PathLike) -> pathlib.Path:
     """Where a path leads, symbolic links followed."""
-    return pathlib.Path(os.path.realpath(path))
+    target = pathlib.Path(os.path.realpath(path))
+    if target.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+    return target
 
 
 def _is_special(path: pathlib.Path) -> bool:
@@ -291,12 +295,12 @@ def _descriptor(path: str | os.PathLike) -> int | None:
     return int(named[1]) if named else _STREAMS.get(os.fspath(path))
 
 
-def _opened_through(path: str | os.PathLike) -> BinaryIO:
+def _opened_through(path: str | os.PathLike) -> io.FileIO:
     descriptor = _descriptor(path)
     if descriptor is None:
-        return open(path, "wb", buffering=0)
+        return io.FileIO(path, "w")
     sys.stdout.flush()
-    return os.fdopen(os.dup(descriptor), "wb", buffering=0)
+    return io.FileIO(os.dup(descriptor), "w")
 
 
 @contextlib.contextmanager
@@ -310,7 +314,7 @@ def _told(path: pathlib.Path) -> Iterator[None]:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
-def _try_lock(file: BinaryIO) -> bool:
+def _try_lock(file: BinaryIO | io.FileIO) -> bool:
     """Lock a file until it is closed; False if another process has locked it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -321,7 +325,7 @@ def _try_lock(file: BinaryIO) -> bool:
     return True
 
 
-def _holder(file: BinaryIO) -> str:
+def _holder(file: io.FileIO) -> str:
     """Who has locked a file, as far as the system tells."""
     number = os.fstat(file.fileno()).st_ino
     with contextlib.suppress(OSError):
