@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import warnings
 
 import jax
 
@@ -18,3 +19,5 @@ def enable() -> None:
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(folder() / "programs"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", _LEAST_SECONDS)
+        # A cache that cannot be read or written costs time alone.
+        warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")

@@ -274,6 +274,8 @@ def decoded(data: bytes, name: str) -> str:
 
 def _target(path: str | os.PathLike) -> pathlib.Path:
     """Where a path leads, symbolic links followed."""
+    if "\0" in os.fspath(path):
+        raise OSError(errno.EINVAL, "its name holds a NUL")
     target = pathlib.Path(os.path.realpath(path))
     if target.is_symlink():
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))

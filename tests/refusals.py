@@ -1,6 +1,7 @@
-"""What a mistake looks like in the library: one printable line, or no mistake."""
+"""What a mistake looks like in the library, one printable line, and the places in JSON where there may be one."""
 
 from collections.abc import Callable
+from typing import Any
 
 from gemfilter_jax.errors import UserError
 
@@ -14,3 +15,13 @@ def refusal(function: Callable, *args, **options) -> str | None:
         message = str(error)
     assert message is None or (message.isprintable() and len(message) < 20_000)
     return message
+
+
+def places(fields: dict | list) -> list[tuple[dict | list, Any]]:
+    """All (container, key) in a JSON value."""
+    found = []
+    for key in list(fields) if isinstance(fields, dict) else range(len(fields)):
+        found.append((fields, key))
+        if isinstance(fields[key], dict | list):
+            found += places(fields[key])
+    return found

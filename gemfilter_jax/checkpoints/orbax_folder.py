@@ -3,12 +3,15 @@
 Orbax reads only each device's shard of an array, so a checkpoint loads directly into any sharded layout.
 """
 
+import contextlib
 import dataclasses
 import json
+import logging
 import math
 import pathlib
 import reprlib
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -27,6 +30,7 @@ from gemfilter_jax.models.transformer import Decoder
 MANIFEST = "gemfilter.json"
 _WEIGHTS, _TOKENIZER = "weights", "tokenizer"
 _VERSION = 1
+_CLOSED = "Event loop is closed"
 _DATA = "d"  # folders of the only files that are read in part, and so may have any size
 _LARGEST = 1 << 28  # bytes of another file
 _MOST_PER_BYTE = 64
@@ -89,7 +93,7 @@ class OrbaxFolder:
             if not file.is_dir():
                 files.check_plain(file, None if file.parent.name == _DATA else _LARGEST)
         try:
-            with ocp.PyTreeCheckpointer() as checkpointer:
+            with _quiet(), ocp.PyTreeCheckpointer() as checkpointer:
                 stored = checkpointer.metadata(path).item_metadata.tree
                 check_arrays(self.config, {name: array.shape for name, array in stored.items()}, self._int8, str(path))
                 _check_sizes(stored, path)
@@ -138,12 +142,32 @@ def save(
     }
     try:
         with files.folder_aside(folder) as aside:
-            with ocp.PyTreeCheckpointer() as checkpointer:
+            with _quiet(), ocp.PyTreeCheckpointer() as checkpointer:
                 checkpointer.save(aside / _WEIGHTS, {parameter_name(path): leaf for path, leaf in leaves})
             tokenizer.save_pretrained(aside / _TOKENIZER)
             (aside / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     except Exception as error:  # Orbax, TensorStore and tokenizers raise many kinds for a full disk
         raise UserError(f"{folder}: cannot be written ({reason(error)})") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep an error from being printed besides: it is told once, by what is raised.
+
+    Orbax logs it. It also closes its event loop, and TensorStore's threads print later that it is closed, for each
+    array that they still wrote or read.
+    """
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    before, hook = [logger.disabled for logger in loggers], sys.unraisablehook
+    sys.unraisablehook = lambda told: None if str(told.exc_value) == _CLOSED else hook(told)
+    for logger in loggers:
+        logger.disabled = True
+    try:
+        yield
+        sys.unraisablehook = hook
+    finally:
+        for logger, disabled in zip(loggers, before, strict=True):
+            logger.disabled = disabled
 
 
 def _check_sizes(stored: Mapping[str, Any], path: pathlib.Path) -> None:

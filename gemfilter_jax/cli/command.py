@@ -88,8 +88,10 @@ def _open_streams() -> None:
 
 
 def _check_text(arguments: list[str]) -> None:
-    """Raise a `UserError` if an argument is not UTF-8; Python gives such bytes as halves of surrogate pairs."""
+    """Raise a `UserError` if an argument has a NUL, or bytes that are not UTF-8, which are surrogates in Python."""
     for argument in arguments:
+        if "\0" in argument:
+            raise UserError(f"argument {argument}: holds a NUL")
         try:
             argument.encode("utf-8")
         except UnicodeEncodeError as error:

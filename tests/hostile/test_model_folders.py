@@ -28,11 +28,11 @@ from hostile.model_folders import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_files import tokenizer
+from refusals import refusal
 
 from gemfilter_jax.checkpoints import tokenizer_folder
 from gemfilter_jax.checkpoints.orbax_folder import MANIFEST, OrbaxFolder
 from gemfilter_jax.config import ModelConfig
-from gemfilter_jax.errors import UserError
 from gemfilter_jax.text import chat_template, prompt
 
 pytestmark = pytest.mark.timeout(60)
@@ -55,17 +55,6 @@ def good(tmp_path_factory) -> dict[str, pathlib.Path]:
 def door(request, good, tmp_path):
     """A kind of folder, and a copy to be damaged."""
     return DOORS[request.param], pathlib.Path(shutil.copytree(good[request.param], tmp_path / "model"))
-
-
-def refusal(function, *args) -> str | None:
-    """None if the call was no mistake, else the one line that it was refused with."""
-    message = None
-    try:
-        function(*args)
-    except UserError as error:
-        message = str(error)
-    assert message is None or (message.isprintable() and len(message) < 5_000)
-    return message
 
 
 def refused(words: str, function, *args) -> None:

@@ -9,7 +9,6 @@ import shutil
 import struct
 import warnings
 from collections.abc import Iterator
-from typing import Any
 
 import gguf
 import gguf_files
@@ -17,7 +16,7 @@ import numpy as np
 import pytest
 from gguf import GGUFValueType as Value
 from model_files import GOLDEN, Folder
-from refusals import refusal
+from refusals import places, refusal
 
 from gemfilter_jax.checkpoints.gguf_file import GGUFFile
 from gemfilter_jax.checkpoints.hf_folder import HuggingFaceFolder, Shards
@@ -50,16 +49,6 @@ def use(config: ModelConfig) -> None:
             assert frequencies.shape == (config.rotated // 2,)
             assert np.isfinite(frequencies).all()
     assert all(1 <= config.reach(layer) <= config.context for layer in range(config.layers))
-
-
-def places(fields: dict | list) -> list[tuple[dict | list, Any]]:
-    """All (container, key) in a JSON value."""
-    found = []
-    for key in list(fields) if isinstance(fields, dict) else range(len(fields)):
-        found.append((fields, key))
-        if isinstance(fields[key], dict | list):
-            found += places(fields[key])
-    return found
 
 
 def mutated(good: dict, rng: random.Random, strings: list[str]) -> dict:
