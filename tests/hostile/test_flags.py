@@ -6,6 +6,7 @@ import io
 import os
 import sys
 
+import jax
 import pytest
 from hostile.attacks import NUMBERS, STRINGS
 from hypothesis import HealthCheck, given, settings
@@ -26,6 +27,9 @@ _NEEDED = {
 """What a command cannot do without; later flags win."""
 _OF_PROCESSES = ("distributed", "coordinator", "processes", "process")  # these would join other processes
 _EXAMPLES = 1_500
+_LITTLE_MEMORY = (
+    "gemfilter generate: memory is too small for this; give a shorter text, a smaller model or --weights=int8\n"
+)
 
 
 def _modules():
@@ -133,3 +137,16 @@ def test_arguments_that_are_no_flags(run, name, argument):
     if name == "fetch" and not argument.startswith("-") and argument.isprintable():
         return
     _check(run, name, argument, "stray")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory allocating 1 byte")],
+    ids=repr,
+)
+def test_too_little_memory(run, monkeypatch, error):
+    def too_little(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(options, "load_pipeline", too_little)
+    assert run("generate") == (2, _LITTLE_MEMORY)
