@@ -142,5 +142,5 @@ def _fail(program: str, message: str) -> NoReturn:
 
 def _discard_output() -> None:
     """Send what is left in the buffer of standard output nowhere, so that Python's own flush at exit cannot fail."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
