@@ -11,6 +11,7 @@ import shutil
 import stat
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -21,6 +22,7 @@ _STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2}
 _DESCRIPTOR = re.compile(r"(?:/dev|/proc/self)/fd/(\d{1,4})", re.ASCII)
 _ASIDE = ".gemfilter.", ".part"  # how the names of unfinished files begin and end
 _asides: set[pathlib.Path] = set()
+_changing = threading.RLock()  # held while unfinished files come and go, and for ever once the process is being ended
 
 
 def check_writable(path: str, flag: str) -> None:
@@ -79,7 +81,7 @@ def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
       UserError: it cannot be written.
     """
     data = content.encode("utf-8") if isinstance(content, str) else content
-    try:
+    with _told(path):
         target = _target(path)
         if _is_stream(path) or _is_special(target):
             with io.BufferedWriter(_opened_through(path)) as file:
@@ -87,10 +89,6 @@ def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
         else:
             with aside(target) as file:
                 file.write(data)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 @contextlib.contextmanager
@@ -100,10 +98,11 @@ def aside(target: pathlib.Path, *, mode: int | None = None) -> Iterator[BinaryIO
     Args:
       mode: of the new file; None for the mode of the file that it replaces, or that of any new file.
     """
-    descriptor, name = tempfile.mkstemp(dir=target.absolute().parent, prefix=_ASIDE[0], suffix=_ASIDE[1])
+    with _changing:
+        descriptor, name = tempfile.mkstemp(dir=target.absolute().parent, prefix=_ASIDE[0], suffix=_ASIDE[1])
+        path = pathlib.Path(name)
+        _asides.add(path)
     os.close(descriptor)
-    path = pathlib.Path(name)
-    _asides.add(path)
     try:
         with path.open("wb") as file:
             _try_lock(file)
@@ -112,32 +111,34 @@ def aside(target: pathlib.Path, *, mode: int | None = None) -> Iterator[BinaryIO
             if mode is None:
                 mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else 0o666 & ~_umask()
             os.fchmod(file.fileno(), mode)
-        path.replace(target)
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
+        with _changing:
+            path.replace(target)
     finally:
-        _asides.discard(path)
+        with _changing:
+            path.unlink(missing_ok=True)
+            _asides.discard(path)
 
 
 @contextlib.contextmanager
 def folder_aside(target: pathlib.Path) -> Iterator[pathlib.Path]:
     """A new folder beside a path, which it is renamed to at the end of the block; discarded if the block fails."""
-    path = pathlib.Path(tempfile.mkdtemp(dir=target.absolute().parent, prefix=_ASIDE[0], suffix=_ASIDE[1]))
-    _asides.add(path)
+    with _changing:
+        path = pathlib.Path(tempfile.mkdtemp(dir=target.absolute().parent, prefix=_ASIDE[0], suffix=_ASIDE[1]))
+        _asides.add(path)
     try:
         yield path
         path.chmod(0o777 & ~_umask())
-        path.rename(target)
-    except BaseException:
-        shutil.rmtree(path, ignore_errors=True)
-        raise
+        with _changing:
+            path.rename(target)
     finally:
-        _asides.discard(path)
+        with _changing:
+            shutil.rmtree(path, ignore_errors=True)
+            _asides.discard(path)
 
 
 def discard_asides() -> None:
-    """Remove the unfinished files and folders of this process, which is about to be ended."""
+    """Remove the unfinished files and folders of this process, which is about to be ended, and begin no others."""
+    _changing.acquire()
     for path in tuple(_asides):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -207,15 +208,21 @@ def growing(path: pathlib.Path) -> Iterator[GrowingFile]:
             yield GrowingFile(path, through)
         return
     with _told(path):
-        file = io.FileIO(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+")
-    with file, os.fdopen(os.dup(file.fileno()), "rb") as held:
-        if not _try_lock(file):
+        target, is_new = _target(path), False
+        try:
+            descriptor = os.open(target, os.O_RDWR)
+        except FileNotFoundError:
+            descriptor, is_new = os.open(target, os.O_RDWR | os.O_CREAT, 0o666), True
+    with io.FileIO(descriptor, "r+") as file, os.fdopen(os.dup(descriptor), "rb") as held:
+        # A run that has just ended may have removed the file, which was empty, after this one opened it.
+        if not _try_lock(file) or not _is_at(descriptor, target):
             raise UserError(f"{path}: {_holder(file)} is writing it; wait for that, or give a new file")
         try:
             yield GrowingFile(path, file, held)
         finally:
-            if not os.fstat(file.fileno()).st_size:
-                path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                if is_new and not os.fstat(descriptor).st_size and _is_at(descriptor, target):
+                    target.unlink()
 
 
 def check_plain(path: pathlib.Path, largest: int | None = None, *, name: str = "") -> None:
@@ -306,14 +313,22 @@ def _opened_through(path: str | os.PathLike) -> io.FileIO:
 
 
 @contextlib.contextmanager
-def _told(path: pathlib.Path) -> Iterator[None]:
-    """Tell that a file cannot be written, except to a reader who has gone."""
+def _told(path: str | os.PathLike) -> Iterator[None]:
+    """Tell that a file cannot be written, unless it is a standard stream whose reader has gone."""
     try:
         yield
-    except BrokenPipeError:
-        raise
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _is_stream(path):
+            raise
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def _is_at(descriptor: int, path: pathlib.Path) -> bool:
+    """Whether an open file is the one at a path."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _try_lock(file: BinaryIO | io.FileIO) -> bool:
@@ -344,6 +359,10 @@ def _kind(mode: int) -> str:
 
 
 def _umask() -> int:
-    mask = os.umask(0)
+    with contextlib.suppress(OSError):
+        for line in pathlib.Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("Umask:"):
+                return int(line.split()[1], 8)
+    mask = os.umask(0)  # for a moment other threads make files that anyone may write
     os.umask(mask)
     return mask

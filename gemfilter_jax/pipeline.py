@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ from gemfilter_jax.methods.base import Kept, Method, Progress, Reader
 from gemfilter_jax.methods.presets import Preset, preset_for
 from gemfilter_jax.ops.attention import check_runs_here
 from gemfilter_jax.parallel import collectives, sharding
-from gemfilter_jax.settings import Option
+from gemfilter_jax.settings import Option, plain
 from gemfilter_jax.text.prompt import MESSAGE_FORMAT, Prompt, check_format, encode
 from gemfilter_jax.timing import Stopwatch
 
@@ -210,8 +210,8 @@ class Pipeline:
 
     def generate_batch(
         self,
-        texts: Sequence[str],
-        questions: Sequence[str | None] | None = None,
+        texts: Iterable[str],
+        questions: Iterable[str | None] | None = None,
         *,
         method: Method | str | None = None,
         max_new_tokens: int = 128,
@@ -225,14 +225,16 @@ class Pipeline:
           seed: one seed, and row i uses seed + i, or one seed for each row.
         """
         for name, values in (("texts", texts), ("questions", [] if questions is None else questions)):
-            if isinstance(values, str | bytes) or not isinstance(values, Sequence):
+            if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
                 raise UserError(f"{name} is of type {type(values).__name__}, expected a list of strings")
-        questions = [None] * len(texts) if questions is None else questions
+        texts = list(texts)
+        questions = [None] * len(texts) if questions is None else list(questions)
         if len(questions) != len(texts):
             raise UserError(f"{len(texts)} texts but {len(questions)} questions were given; give one for each text")
-        if not isinstance(seed, Sequence):
-            _SEED.check(seed, f"seed is {seed!r}, ")
-        seeds = seed if isinstance(seed, Sequence) else [int(seed) + row for row in range(len(texts))]
+        given = plain(seed)
+        if not isinstance(given, Sequence):
+            _SEED.check(given, f"seed is {seed!r}, ")
+        seeds = given if isinstance(given, Sequence) else [given + row for row in range(len(texts))]
         if len(seeds) != len(texts):
             raise UserError(f"{len(texts)} texts but {len(seeds)} seeds were given; give one, or one for each text")
         if not texts:
@@ -409,7 +411,7 @@ class _Answering:
         _MAX_NEW_TOKENS.check(self.max_new_tokens, f"max_new_tokens is {self.max_new_tokens!r}, ")
         sampling_lib.check(self.sampling)
         for seed in self.seeds:
-            _SEED.check(seed, f"seed is {seed!r}, ")
+            _SEED.check(plain(seed), f"seed is {seed!r}, ")
         if self.on_text is not None and not callable(self.on_text):
             raise UserError(f"on_text is of type {type(self.on_text).__name__}, expected a function")
 

@@ -155,10 +155,40 @@ def test_a_file_grows_by_one_run_at_a_time(tmp_path):
     assert path.read_bytes() == b"1\n"
 
 
-def test_no_empty_file_is_left(tmp_path):
-    with pytest.raises(OSError, match="of something else"), files.growing(tmp_path / "lines.jsonl"):
-        raise OSError("of something else")
-    assert list(tmp_path.iterdir()) == []
+def test_no_empty_file_is_left_but_one_that_was_there(tmp_path):
+    link = tmp_path / "link.jsonl"
+    link.symlink_to("target.jsonl")
+    for path in (tmp_path / "lines.jsonl", link):
+        with pytest.raises(OSError, match="of something else"), files.growing(path):
+            raise OSError("of something else")
+    assert [one.name for one in tmp_path.iterdir()] == ["link.jsonl"]
+    (tmp_path / "target.jsonl").touch(0o600)
+    with files.growing(link):
+        pass
+    assert {one.name for one in tmp_path.iterdir()} == {"link.jsonl", "target.jsonl"}
+
+
+def test_a_file_that_was_removed_while_it_was_opened_is_not_grown(tmp_path, monkeypatch):
+    """Another run, which leaves no lines, ends between this one's opening and its lock."""
+    path, lock = tmp_path / "lines.jsonl", files._try_lock
+
+    def late(file):
+        path.unlink()
+        return lock(file)
+
+    monkeypatch.setattr(files, "_try_lock", late)
+    with pytest.raises(UserError, match=r"another run .*is writing it"), files.growing(path):
+        pass
+
+
+def test_a_fifo_whose_reader_has_gone_is_told(tmp_path):
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+    reading = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    with files.growing(path) as output:
+        os.close(reading)
+        with pytest.raises(UserError, match=r"fifo: cannot be written \(Broken pipe\)"):
+            output.append(b"1\n")
 
 
 @pytest.mark.parametrize(

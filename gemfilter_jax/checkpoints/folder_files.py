@@ -1,6 +1,5 @@
 """Files of model folders as untrusted input."""
 
-import collections
 import json
 import pathlib
 import reprlib
@@ -22,7 +21,7 @@ def read_object(path: pathlib.Path) -> dict[str, Any]:
         raise UserError(f"{path.parent}: not a model folder, {path.name} is missing")
     files.check_plain(path, _LARGEST_JSON)
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
+        fields = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_duplicates)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON ({reason(error)})") from error
     if not isinstance(fields, dict):
@@ -31,8 +30,8 @@ def read_object(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        twice, _ = collections.Counter(name for name, _ in pairs).most_common(1)[0]
-        raise ValueError(f"field {reprlib.repr(twice)} is there more than once")
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        if fields.setdefault(name, value) != value:
+            raise ValueError(f"field {reprlib.repr(name)} is there more than once, with other values")
     return fields

@@ -16,7 +16,12 @@ from gemfilter_jax import files
 from gemfilter_jax.checkpoints.folder_files import read_object
 from gemfilter_jax.errors import UserError, is_fault, reason
 
-_READ = ("*.json", "*.jinja", "*.txt", "*.model*", "*.tiktoken", "additional_chat_templates/*.jinja")
+_READ = (
+    *("tokenizer*", "vocab*", "merges*", "spiece*", "*.tiktoken", "added_tokens.json", "special_tokens_map.json"),
+    *("config.json", "generation_config.json", "chat_template*", "additional_chat_templates/*.jinja"),
+)
+"""Names of the files that tokenizers are made of."""
+
 _LARGEST = 1 << 28  # bytes of a file; the largest that are published have 40 million
 _LARGEST_ID = 1 << 24  # far above any vocabulary, yet transformers may fill gaps before it
 _NEVER_GIVEN = ("vocab", "merges", "gguf_file", "tokenizer_object")  # in place of the files of the folder
@@ -31,8 +36,9 @@ def load(folder: pathlib.Path, source: pathlib.Path) -> PreTrainedTokenizerBase:
     Raises:
       UserError: a file is missing or broken, the tokenizer has no fast form, or it needs code of its own.
     """
-    for path in sorted(path for pattern in _READ for path in folder.glob(pattern)):
-        files.check_plain(path, _LARGEST)
+    for path in sorted({path for pattern in _READ for path in folder.glob(pattern)}):
+        if not path.is_dir():
+            files.check_plain(path, _LARGEST)
     for name, check in (
         ("config.json", _check_class),
         ("tokenizer_config.json", _check_config),

@@ -1,6 +1,7 @@
 """What every command shares: flags parsed, help printed, mistakes told in one line with status 2."""
 
 import contextlib
+import errno
 import io
 import math
 import os
@@ -11,10 +12,11 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 
 from gemfilter_jax.cli import options, signals
-from gemfilter_jax.errors import UserError, out_of_memory, printable
+from gemfilter_jax.errors import UserError, out_of_memory, printable, reason
 from gemfilter_jax.settings import LARGEST_COUNT
 
 _MISTAKE = 2
+_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)
 
 
 def run(
@@ -124,7 +126,8 @@ def mistakes_told(program: str) -> Iterator[None]:
         _discard_output()  # its reader has gone; nobody is left to tell
         sys.exit(0)
     except OSError as error:
-        _fail(program, f"{error.filename or 'standard output'}: {error.strerror or error}")
+        where = error.filename or ("standard output" if error.errno in _FULL else None)
+        _fail(program, f"{where}: {error.strerror}" if where else reason(error))
     except Exception as error:
         if not out_of_memory(error):
             raise

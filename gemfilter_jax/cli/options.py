@@ -218,7 +218,7 @@ def define_answer(values: flags.FlagValues) -> None:
         upper_bound=1.0,
         flag_values=values,
     )
-    flags.DEFINE_integer("seed", 0, "Sampling seed.", lower_bound=0, flag_values=values)
+    flags.DEFINE_integer("seed", 0, "Sampling seed.", lower_bound=0, upper_bound=2**32 - 1, flag_values=values)
     flags.DEFINE_bool("show_kept", False, "Show the kept passages, highlighted, on standard error.", flag_values=values)
 
 

@@ -66,10 +66,12 @@ def _wait(reading: int, numbers: list[signal.Signals]) -> None:
 
 def _leave(status: int) -> NoReturn:
     try:
-        files.discard_asides()
         if sys.stderr.isatty():
             os.write(sys.stderr.fileno(), _SHOW_CURSOR.encode())
         # Not through sys.stderr, whose lock the main thread may hold.
         os.write(sys.stderr.fileno(), f"\n{_farewell}\n".encode() if _farewell else b"\n")
+        # What the main thread says of files that are taken from it is no news.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+        files.discard_asides()
     finally:
         os._exit(status)

@@ -176,7 +176,7 @@ def resume(output: "GrowingFile", heading: Mapping[str, Any], asked: Sequence["T
         found = _checked(output.path, whole, json.loads(first), asked)
         output.cut(sum(map(len, whole)))
         return found
-    start = first[: first.index(b",")]
+    start = first[: first.index(f'"{_WHERE_IT_RAN}"'.encode())]
     if not (start.startswith(held) or held.startswith(start)):
         raise UserError(f"{output.path}: is no file that gemfilter evaluate has written; give a new one")
     output.cut(0)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from gemfilter_jax.errors import UserError
-from gemfilter_jax.settings import Option
+from gemfilter_jax.settings import Option, plain
 
 
 @jax.tree_util.register_dataclass
@@ -39,7 +39,7 @@ def check(sampling: Sampling) -> None:
     if not isinstance(sampling, Sampling):
         raise UserError(f"sampling is of type {type(sampling).__name__}, expected a Sampling")
     for one in _OPTIONS:
-        value = getattr(sampling, one.name)
+        value = plain(getattr(sampling, one.name))
         one.check(value, f"{one.name} is {value!r}, ")
 
 

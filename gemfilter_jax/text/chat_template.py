@@ -4,13 +4,13 @@ A template is a program that comes with the model. One step of it can take any a
 the same process could stop it. So it is rendered in a process of its own, which has limits.
 """
 
-import concurrent.futures
 import contextlib
-import functools
 import json
+import os
 import reprlib
 import subprocess
 import sys
+import threading
 
 from transformers import PreTrainedTokenizerBase
 
@@ -18,7 +18,7 @@ from gemfilter_jax.errors import UserError, reason
 
 _SENTINEL = "\u2063content\u2063"  # placeholder for the message in a template; occurs in no template
 _LIMITS = {"seconds": 5, "memory": 1 << 29, "longest": 1 << 20}  # of computing; bytes beyond Python's; characters
-_processes = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="chat template")
+_MOST_KEPT = 16  # renderings
 _PATIENCE = 60  # seconds of waiting, which also pass while the process starts on a busy machine
 
 _RENDER = """
@@ -69,35 +69,70 @@ def around(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     return before, after[0]
 
 
-def _rendering(tokenizer: PreTrainedTokenizerBase) -> concurrent.futures.Future[str]:
+def _rendering(tokenizer: PreTrainedTokenizerBase) -> "_Rendering":
     try:
         template = tokenizer.get_chat_template()
     except ValueError as error:  # there are several, and none is the default
         raise _failure(reason(error)) from error
     if not isinstance(template, str):
         raise _failure(f"it is {reprlib.repr(template)}, expected a string")
-    return _begun(template, tuple(tokenizer.special_tokens_map.items()))
+    key = template, tuple(tokenizer.special_tokens_map.items())
+    if key not in _begun:
+        while len(_begun) >= _MOST_KEPT:
+            _begun.pop(next(iter(_begun)))
+        _begun[key] = _Rendering(*key)
+    return _begun[key]
 
 
-@functools.lru_cache(maxsize=16)
-def _begun(template: str, tokens: tuple[tuple[str, str], ...]) -> concurrent.futures.Future[str]:
-    return _processes.submit(_rendered, template, tokens)
+class _Rendering:
+    """A template that is being rendered, or was, with the sentinel as the message.
+
+    Args:
+      tokens: the special tokens by the names that templates use.
+    """
+
+    def __init__(self, template: str, tokens: tuple[tuple[str, str], ...]):
+        self._key = template, tokens
+        self._outcome: str | UserError | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        try:
+            self._thread.start()
+        except RuntimeError:  # Python is ending
+            self._run()
+
+    def result(self) -> str:
+        """What is rendered; raises a `UserError` if that fails, after which it may be tried again."""
+        if self._thread.ident is not None:
+            self._thread.join()
+        if isinstance(self._outcome, str):
+            return self._outcome
+        _begun.pop(self._key, None)
+        raise self._outcome or _failure("no reason given")
+
+    def _run(self) -> None:
+        try:
+            self._outcome = _rendered(*self._key)
+        except UserError as error:
+            self._outcome = error
+        except Exception as error:  # such as no Python to run it with
+            self._outcome = _failure(reason(error))
+
+
+_begun: dict[tuple[str, tuple[tuple[str, str], ...]], _Rendering] = {}
+os.register_at_fork(after_in_child=_begun.clear)  # threads do not go on there
 
 
 def _rendered(template: str, tokens: tuple[tuple[str, str], ...]) -> str:
-    """A template with the sentinel as the message; `tokens` are the special tokens by the names that templates use."""
     messages = [{"role": "user", "content": _SENTINEL}]
     given = json.dumps(_LIMITS | {"template": template, "messages": messages, "tokens": dict(tokens)})
     command = [sys.executable, "-P", "-c", _RENDER]  # -P: modules in the current folder are not imported
-    try:
-        done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=_PATIENCE)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise _failure(reason(error)) from error
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(folder for folder in sys.path if folder)}
+    done = subprocess.run(command, input=given, env=environment, capture_output=True, text=True, timeout=_PATIENCE)
     if done.returncode < 0:  # ended by a signal
         raise _failure(f"it takes more than {_LIMITS['seconds']} seconds")
     if done.returncode:
         raise _failure((done.stderr.strip() or "no reason given").splitlines()[-1])
-    told = json.loads(done.stdout)
+    told = json.loads(done.stdout.splitlines()[-1])
     if "error" in told:
         raise _failure(told["error"])
     return told["rendered"]

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,21 +11,23 @@ from transformers import PreTrainedTokenizerBase
 
 from gemfilter_jax.errors import UserError
 
+_MARKER = re.compile(r"<[|｜].*[|｜]>|\[/?[A-Z_]+\]", re.DOTALL)
 _NAMES = ("input_ids", "offset_mapping", "special_tokens_mask")
 
 
 def control_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Ids of the control tokens.
 
-    These are the added tokens that the tokenizer marks as special, and those that occur in its chat template, such as
-    "<think>". Other added tokens, such as runs of spaces or HTML tags, are ordinary text.
+    These are the added tokens that the tokenizer marks as special, those that occur in its chat template, such as
+    "<think>", and those that look like markers, such as "<|file_sep|>" and "[INST]". Other added tokens, such as runs
+    of spaces or HTML tags, are ordinary text.
     """
     template = str(tokenizer.chat_template or "")
     added: Any = tokenizer.added_tokens_decoder
     return frozenset(
         number
         for number, token in added.items()
-        if token.content.strip() and (token.special or token.content in template)
+        if (text := token.content.strip()) and (token.special or token.content in template or _MARKER.fullmatch(text))
     )
 
 

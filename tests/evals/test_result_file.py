@@ -143,7 +143,9 @@ def test_another_run_is_left_alone(path, heading, lines, words):
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("held", [b"my notes", b'{"mine": 1}'])
+@pytest.mark.parametrize(
+    "held", [b"my notes", b'{"mine": 1}', b'{"command": "evaluate", "task": "mine", "precious": 1}']
+)
 def test_a_file_of_somebody_else_is_left_alone(path, held):
     path.write_bytes(held)
     with pytest.raises(UserError, match="is no file that gemfilter evaluate has written"):

@@ -247,10 +247,10 @@ MANIFESTS: list[tuple[dict | str | bytes, str]] = [
     ({"stop_tokens": 5}, "field 'stop_tokens' is 5, expected a list"),
     ("[]", "expected a JSON object, found list"),
     ("{", "not readable as JSON"),
-    ("\ufeff{}", "not readable as JSON"),
+    ("\ufeff{}", "field 'version' is missing"),
     (b"\xff\xfe{}", "not readable as JSON"),
     ("[" * 100_000, "not readable as JSON"),
-    ('{"version": 1, "version": 1}', "field 'version' is there more than once"),
+    ('{"version": 1, "version": 2}', "field 'version' is there more than once"),
     ('{"version": ' + "1" * 10_000 + "}", "not readable as JSON"),
 ]
 

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -101,6 +102,16 @@ def test_an_option_of_the_wrong_kind(variant):
             if not refusal(_checked, variant, one.name, value):
                 made = _checked(variant, one.name, value)
                 assert one.fault(getattr(made, one.name)) is None
+
+
+def test_arrays_and_iterators_serve():
+    texts = [_TEXT, _TEXT]
+    whole = _MODEL.generate_batch(texts, ["w1", "w2"], seed=[1, 2], **_SHORT)
+    for given in (np.array(texts), iter(texts), dict.fromkeys([*texts, "w3"]).keys()):
+        made = _MODEL.generate_batch(given, iter(["w1", "w2"]), seed=np.array([1, 2]), **_SHORT)
+        assert [one.text for one in made][:1] == [one.text for one in whole][:1]
+    sampling = Sampling(jnp.float32(0.5), jnp.int32(3), np.array(0.5))
+    assert _MODEL.generate(_TEXT, "w1", sampling=sampling, seed=jnp.int32(3), **_SHORT).text
 
 
 def test_numbers_of_numpy_serve():

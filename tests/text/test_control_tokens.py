@@ -100,6 +100,17 @@ def test_added_tokens_that_the_template_does_not_write_are_text():
     assert encode(own, "a <think> b", _QUESTION, observation_rows=4).ids.tolist().count(think) == 1
 
 
+def test_added_tokens_that_look_like_markers_are_never_in_a_text():
+    tokenizer = open_checkpoint("smollm2").tokenizer()
+    markers = ["<|file_sep|>", "<｜User｜>", "[INST]", "[/TOOL_CALLS]"]
+    own = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, chat_template=tokenizer.chat_template)
+    own.add_tokens(markers)
+    for marker in markers:
+        prompt = encode(own, f"a {marker} b", f"{marker}?", observation_rows=4)
+        assert own.convert_tokens_to_ids(marker) not in prompt.ids
+        assert marker in tokenizer.decode(prompt.ids)
+
+
 def test_a_character_that_the_tokenizer_does_not_know_stays_unknown():
     tokenizer = _tiny()
     unknown = tokenizer.unk_token_id

@@ -3,16 +3,16 @@
 import dataclasses
 import functools
 import hashlib
+import json
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from gemfilter_jax import files
 from gemfilter_jax.buckets import bucket
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from gemfilter_jax.methods.gemfilter.method import GemFilter
 
 _VERSION = "4"  # of the saved format
+_CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int32": "I32"}  # of types in safetensors
 _PRIVATE = 0o700, 0o600  # modes of the folder and of a reading, from which the text could be told
 
 
@@ -248,9 +249,22 @@ def save(reading: Reading, path: pathlib.Path) -> None:
         path.parent.mkdir(_PRIVATE[0], parents=True, exist_ok=True)
         files.sweep(path.parent)
         with files.aside(path, mode=_PRIVATE[1]) as file:
-            save_file(tensors, file.name, {"digest": _digest(tensors)})
-    except (OSError, SafetensorError) as error:
+            _write(file, tensors)
+    except OSError as error:
         logging.warning("%s: the reading of the document is not kept there (%s)", path.parent, reason(error))
+
+
+def _write(file: BinaryIO, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write a safetensors file. The library's own writer makes a copy in memory or another file beside this one."""
+    header: dict[str, Any] = {"__metadata__": {"digest": _digest(tensors)}}
+    done = 0
+    for name, array in tensors.items():
+        place = [done, done := done + array.nbytes]
+        header[name] = {"dtype": _CODES[array.dtype.name], "shape": array.shape, "data_offsets": place}
+    encoded = json.dumps(header).encode()
+    file.write(len(encoded).to_bytes(8, "little") + encoded)
+    for array in tensors.values():
+        file.write(_bytes(array))
 
 
 def load(model: Decoder, prompt: Prompt, method: "GemFilter", path: pathlib.Path) -> Reading | None:
@@ -293,5 +307,9 @@ def _digest(tensors: Mapping[str, np.ndarray]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(f"{name} {tensors[name].shape} {tensors[name].dtype} ".encode())
-        digest.update(np.ascontiguousarray(tensors[name]).view(np.uint8).data)
+        digest.update(_bytes(tensors[name]))
     return digest.hexdigest()
+
+
+def _bytes(array: np.ndarray) -> memoryview:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

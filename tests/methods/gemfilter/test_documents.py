@@ -1,6 +1,7 @@
 """A document read once: the same scores and kept tokens as reading it anew, in memory and from disk, or none at all."""
 
 import dataclasses
+import os
 import resource
 import stat
 import subprocess
@@ -236,6 +237,21 @@ with files.aside(pathlib.Path(sys.argv[1]) / "reading") as file:
         assert documents.key(model, prompt, _METHOD) in held
         other.stdin.close()
     assert {path.name for path in tmp_path.iterdir()} == {"reading", documents.key(model, prompt, _METHOD)}
+
+
+def test_a_reading_that_another_process_writes_is_not_swept(tmp_path, monkeypatch):
+    """Not even when all of it is there and only its name is not yet."""
+    model, prompt = tiny.decoder(), _prompt(300)
+    path, fchmod = _path(model, prompt, _METHOD, tmp_path), os.fchmod
+    code = "import pathlib, sys; from gemfilter_jax import files; files.sweep(pathlib.Path(sys.argv[1]))"
+
+    def swept(*arguments) -> None:
+        subprocess.run([sys.executable, "-c", code, tmp_path], check=True)
+        fchmod(*arguments)
+
+    monkeypatch.setattr(os, "fchmod", swept)
+    _save(model, prompt, _METHOD, tmp_path)
+    assert [one.name for one in tmp_path.iterdir()] == [path.name]
 
 
 def test_a_full_disk_costs_a_warning(tmp_path, caplog):
