@@ -21,6 +21,7 @@ _LARGEST = 1 << 28  # bytes of a text that is read, 256 MiB: some 60 million tok
 _STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2}
 _DESCRIPTOR = re.compile(r"(?:/dev|/proc/self)/fd/(\d{1,4})", re.ASCII)
 _ASIDE = ".gemfilter.", ".part"  # how the names of unfinished files begin and end
+_ATTEMPTS = 20
 _asides: set[pathlib.Path] = set()
 _changing = threading.RLock()  # held while unfinished files come and go, and for ever once the process is being ended
 
@@ -141,7 +142,10 @@ def discard_asides() -> None:
     _changing.acquire()
     for path in tuple(_asides):
         if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
+            for _ in range(_ATTEMPTS):  # other threads may still write there
+                shutil.rmtree(path, ignore_errors=True)
+                if not path.exists():
+                    break
         else:
             path.unlink(missing_ok=True)
 

@@ -65,12 +65,12 @@ def run(
         with mistakes_told(arguments[0]), options.joined(values), mistakes_told(arguments[0]):
             main(arguments[1:])
 
-    _open_streams()
+    open_streams()
     with signals.answered():
         app.run(guarded, flags_parser=parse)
 
 
-def _open_streams() -> None:
+def open_streams() -> None:
     """Give closed standard streams a file, so that no other file takes their place; escape what cannot be encoded."""
     for descriptor in range(3):
         try:

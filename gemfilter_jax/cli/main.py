@@ -35,12 +35,7 @@ def main() -> None:
         _say(f"gemfilter {metadata.version('gemfilter-jax')}")
         return
     if name not in COMMANDS:
-        import difflib
-
-        close = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"one of {', '.join(COMMANDS)}"
-        print(f"gemfilter: unknown command {name!r}; {hint}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(name)
     sys.argv = [f"gemfilter {name}", *sys.argv[2:]]
     importlib.import_module(f"gemfilter_jax.cli.{name}").run()
 
@@ -48,8 +43,22 @@ def main() -> None:
 def _say(text: str) -> None:
     from gemfilter_jax.cli import command
 
+    command.open_streams()
     with command.mistakes_told("gemfilter"):
         print(text)
+
+
+def _refuse(name: str) -> None:
+    import difflib
+
+    from gemfilter_jax.cli import command
+    from gemfilter_jax.errors import UserError
+
+    close = difflib.get_close_matches(name, COMMANDS, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"one of {', '.join(COMMANDS)}"
+    command.open_streams()
+    with command.mistakes_told("gemfilter"):
+        raise UserError(f"unknown command {name!r}; {hint}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import NoReturn
 from gemfilter_jax import files
 
 _SHOW_CURSOR = "\x1b[?25h"
+_WITHOUT_CURSOR = ("dumb", "unknown")
 
 _farewell = ""
 
@@ -66,7 +67,7 @@ def _wait(reading: int, numbers: list[signal.Signals]) -> None:
 
 def _leave(status: int) -> NoReturn:
     try:
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and os.environ.get("TERM") not in _WITHOUT_CURSOR:
             os.write(sys.stderr.fileno(), _SHOW_CURSOR.encode())
         # Not through sys.stderr, whose lock the main thread may hold.
         os.write(sys.stderr.fileno(), f"\n{_farewell}\n".encode() if _farewell else b"\n")
