@@ -534,7 +534,7 @@ def load(
             raise UserError(f"{name} is {value!r}, expected a {kind.__name__}")
     if preset is not None and not isinstance(preset, Preset):
         raise UserError(f"preset is of type {type(preset).__name__}, expected a Preset")
-    if not isinstance(mesh, jax.sharding.Mesh | str | None):
+    if not isinstance(mesh, jax.sharding.Mesh | jax.sharding.AbstractMesh | str | None):
         raise UserError(f"mesh is of type {type(mesh).__name__}, expected a mesh or a shape such as 'seq:4,model:2'")
     compile_cache.enable()
     if isinstance(mesh, str):

@@ -305,8 +305,8 @@ def test_faults_of_a_file(written, lines, said):
     [
         ({}, "questions_file is missing; give a JSONL file with the fields input, instructions and outputs"),
         ({"questions_file": "no.jsonl"}, "no.jsonl: cannot be read (No such file or directory)"),
-        ({"questions_file": FILE, "join": 0}, "join is 0: expected a number of at least 1"),
-        ({"questions_file": FILE, "count": 0}, "count is 0: expected a number of at least 1"),
+        ({"questions_file": FILE, "join": 0}, "join is 0: expected a number in [1, 100000]"),
+        ({"questions_file": FILE, "count": 0}, "count is 0: expected a number in [1, 100000]"),
     ],
 )
 def test_faults_of_settings(settings, said):

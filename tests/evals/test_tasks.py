@@ -221,23 +221,6 @@ def test_a_third_task_is_one_class_and_one_registry_line(
     assert re.search(r"│ +0\.25 │", shown)
 
 
-def test_an_interrupted_run_tells_how_to_go_on(command_with_third_task, smollm2, monkeypatch, tmp_path, capsys):
-    class Interrupted(Model):
-        def generate(self, *args, method, **options):
-            if not isinstance(method, Full):
-                raise KeyboardInterrupt
-            return super().generate(*args, method=method, **options)
-
-    monkeypatch.setattr(cli_options, "load_pipeline", lambda _: Interrupted(smollm2.checkpoint, smollm2.preset))
-    output = tmp_path / "result.jsonl"
-    given = ("--task=repeated", "--word=kiwi", "--lengths=120", "--keep=64", "--method=full,default")
-    command_with_third_task.FLAGS(["evaluate", *given, f"--output={output}"])
-    with pytest.raises(KeyboardInterrupt):
-        command_with_third_task.main([])
-    assert output.read_text().count("\n") == 2
-    assert capsys.readouterr().err == f"\nstopped; the same command goes on from {output}"
-
-
 def test_the_example_in_the_documentation(tokenizer):
     """Its code block, as it stands."""
     text = (pathlib.Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()

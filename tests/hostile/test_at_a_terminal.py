@@ -247,10 +247,10 @@ def _names(folder: pathlib.Path) -> set[pathlib.Path]:
 
 @pytest.fixture(scope="module")
 def interruptions(model_file, book, whole_runs, tmp_path_factory):
-    """The outcomes of four interruptions of each command, two commands at a time."""
+    """The outcomes of three interruptions of each command, two commands at a time."""
 
     def check(name: str) -> None:
-        _check_interruptions(name, 4, model_file, book, whole_runs, tmp_path_factory.mktemp(f"interrupted_{name}"))
+        _check_interruptions(name, 3, model_file, book, whole_runs, tmp_path_factory.mktemp(f"interrupted_{name}"))
 
     with ThreadPoolExecutor(2) as pool:
         return {name: pool.submit(check, name) for name in ("evaluate", "prompts", "generate", "chat", "convert")}

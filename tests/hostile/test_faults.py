@@ -144,7 +144,7 @@ def test_an_evaluation_goes_on_after_a_full_disk(run, tmp_path):
     assert results.count("\n") == 7
 
 
-@pytest.mark.parametrize("home", [None, "", "/nonexistent", "/dev/null", "/proc"], ids=str)
+@pytest.mark.parametrize("home", [None, "/nonexistent", "/dev/null"], ids=str)
 def test_a_home_that_cannot_be_used(run, tmp_path, home):
     done = run("generate", *_ONE_TEXT, HOME=home, XDG_CACHE_HOME=None)
     assert done.returncode == 0, done.stderr

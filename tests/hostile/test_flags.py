@@ -26,7 +26,7 @@ _NEEDED = {
 }
 """What a command cannot do without; later flags win."""
 _OF_PROCESSES = ("distributed", "coordinator", "processes", "process")  # these would join other processes
-_EXAMPLES = 1_500
+_EXAMPLES = 1_200
 _LITTLE_MEMORY = (
     "gemfilter generate: memory is too small for this; give a shorter text, a smaller model or --weights=int8\n"
 )

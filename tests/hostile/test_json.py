@@ -20,7 +20,7 @@ from gemfilter_jax.methods import presets
 from gemfilter_jax.methods.presets import preset_for, read_preset
 from gemfilter_jax.serving import requests_file
 
-_EXAMPLES = 1_000  # of each kind
+_EXAMPLES = 800  # of each kind
 _SMOLLM2 = ModelConfig("llama", 30, 576, 9, 3, 64, 1536, 49152, 8192, 1e-5, 1e5, tie_embeddings=True)
 
 _values = st.recursive(

@@ -424,7 +424,7 @@ def test_word_lists():
         ({"qa_1_file": "x.json"}, "qa_1_file is x.json, but subtasks lacks qa_1; add it, or leave out the file"),
         ({"subtasks": "vt", "texts": "x"}, "texts is x, but no subtask of vt takes essays; leave it out"),
         ({"texts": "absent"}, "absent: is not a folder; give one with .txt or .md files"),
-        ({"count": 0}, "count is 0: expected a number of at least 1"),
+        ({"count": 0}, "count is 0: expected a number in [1, 100000]"),
     ],
 )
 def test_options_are_checked(options, said):
