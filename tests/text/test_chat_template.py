@@ -33,8 +33,8 @@ def test_after_a_fork_and_with_modules_that_only_this_process_finds():
 @pytest.mark.parametrize("program", [None, "", "/bin/echo", "/no/such/python"])
 def test_a_python_that_cannot_be_run_is_told_and_tried_again(monkeypatch, program):
     own = tokenizer()
-    own.chat_template = f"{program}" + "{{ messages[0]['content'] }}"
+    own.chat_template = f"by {program}: " + "{{ messages[0]['content'] }}"  # rendered by no other test
     with monkeypatch.context() as patch:
         patch.setattr(sys, "executable", program)
         assert "chat template fails" in (refusal(chat_template.around, own) or "")
-    assert chat_template.around(own) == (f"{program}", "")
+    assert chat_template.around(own) == (f"by {program}: ", "")
