@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from gemfilter_jax.methods.gemfilter.method import GemFilter as GemFilter
     from gemfilter_jax.models.transformer import Decoder as Decoder
     from gemfilter_jax.pipeline import Document as Document
-    from gemfilter_jax.pipeline import KeptText as KeptText
     from gemfilter_jax.pipeline import Pipeline as Pipeline
-    from gemfilter_jax.pipeline import Result as Result
     from gemfilter_jax.pipeline import load as load
+    from gemfilter_jax.results import KeptText as KeptText
+    from gemfilter_jax.results import Result as Result
 
 # transformers advises at import to install PyTorch, which is not needed here.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -31,8 +31,8 @@ _HOMES = {
     "load": "pipeline",
     "Pipeline": "pipeline",
     "Document": "pipeline",
-    "Result": "pipeline",
-    "KeptText": "pipeline",
+    "Result": "results",
+    "KeptText": "results",
     "GemFilter": "methods.gemfilter.method",
     "Full": "methods.full",
     "Sampling": "generate.sampling",

@@ -16,97 +16,16 @@ from gemfilter_jax.checkpoints import Checkpoint, Opened, load_checkpoint, mesh_
 from gemfilter_jax.checkpoints.weights import BytesRead
 from gemfilter_jax.errors import UserError, check_text
 from gemfilter_jax.generate import loop
-from gemfilter_jax.generate import sampling as sampling_lib
+from gemfilter_jax.generate.answering import MAX_NEW_TOKENS, SEED, Answering
 from gemfilter_jax.generate.sampling import GREEDY, Sampling
 from gemfilter_jax.methods.base import Kept, Method, Progress, Reader
 from gemfilter_jax.methods.presets import Preset, preset_for
 from gemfilter_jax.ops.attention import check_runs_here
 from gemfilter_jax.parallel import collectives, sharding
-from gemfilter_jax.settings import Option, plain
+from gemfilter_jax.results import KeptText, Result
+from gemfilter_jax.settings import plain
 from gemfilter_jax.text.prompt import MESSAGE_FORMAT, Prompt, check_format, encode
 from gemfilter_jax.timing import Stopwatch
-
-_MAX_NEW_TOKENS = Option("max_new_tokens", int, 128, "", at_least=1)
-_SEED = Option("seed", int, 0, "")
-
-
-@dataclasses.dataclass(frozen=True)
-class KeptText:
-    """The kept tokens and passages of a prompt.
-
-    Attributes:
-      prompt: the prompt's text as given.
-      prompt_tokens: number of tokens in the prompt, template and question included.
-      indices: indices of the kept tokens, increasing.
-      spans: (start, end) character offsets into `prompt` of the kept passages, in order.
-      recall_estimate: estimated probability that the kept passages hold the answer, if the text does; None where the
-        method, or the model's preset, has no estimate, or all is kept.
-    """
-
-    prompt: str
-    prompt_tokens: int
-    indices: tuple[int, ...]
-    spans: tuple[tuple[int, int], ...]
-    recall_estimate: float | None = None
-
-    @property
-    def kept_tokens(self) -> int:
-        """Number of kept tokens."""
-        return len(self.indices)
-
-    @property
-    def passages(self) -> tuple[str, ...]:
-        """The kept passages, in order."""
-        return tuple(self.prompt[start:end] for start, end in self.spans)
-
-    @property
-    def text(self) -> str:
-        """The kept passages, separated by line breaks."""
-        return "\n".join(self.passages)
-
-    def __repr__(self) -> str:
-        return (
-            f"KeptText(kept_tokens={self.kept_tokens}, prompt_tokens={self.prompt_tokens}, passages={len(self.spans)})"
-        )
-
-    @property
-    def fields(self) -> dict[str, Any]:
-        """The fields of the JSON form."""
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "kept_tokens": self.kept_tokens,
-            "indices": self.indices,
-            "spans": self.spans,
-            "recall_estimate": self.recall_estimate,
-        }
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """An answer, the kept part of the prompt, and timings.
-
-    Attributes:
-      text: the answer.
-      tokens: token ids of the answer, without the stop token.
-      stop_reason: "stop" (the model ended its answer) or "length" (max_new_tokens was reached).
-      selection: the kept tokens and passages of the prompt.
-      timings: seconds per stage ("tokenize", "filter", "prefill", "decode"), and "compile" for XLA. Each result of a
-        batch has the timings of the whole batch.
-    """
-
-    text: str
-    tokens: tuple[int, ...]
-    stop_reason: str
-    selection: KeptText
-    timings: dict[str, float]
-
-    def __repr__(self) -> str:
-        return f"Result(text={self.text!r}, stop_reason={self.stop_reason!r}, selection={self.selection!r})"
-
-    @property
-    def fields(self) -> dict[str, Any]:
-        """The fields of the JSON form."""
-        return self.selection.fields | {"timings": self.timings, "text": self.text, "stop_reason": self.stop_reason}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +70,7 @@ class Pipeline:
 
     def check(self, method: Method, max_new_tokens: int) -> None:
         """Raise a `UserError` if these settings are invalid for every prompt."""
-        _MAX_NEW_TOKENS.check(max_new_tokens, f"max_new_tokens is {max_new_tokens!r}, ")
+        MAX_NEW_TOKENS.check(max_new_tokens, f"max_new_tokens is {max_new_tokens!r}, ")
         method.check(self.checkpoint.model)
         check_format(self.checkpoint.tokenizer, self.chat_template, self.message_format)
         self._check_context(max_new_tokens)
@@ -204,7 +123,7 @@ class Pipeline:
             answer exceed the model's context.
         """
         watch, method = Stopwatch(), self._method(method)
-        answering = _Answering(max_new_tokens, sampling, [seed], on_text)
+        answering = Answering(max_new_tokens, sampling, [seed], on_text)
         prompts, kept = self._filter([text], [question], method, watch, progress, answering)
         return self._answer(prompts, kept, method, answering, watch)[0]
 
@@ -233,14 +152,14 @@ class Pipeline:
             raise UserError(f"{len(texts)} texts but {len(questions)} questions were given; give one for each text")
         given = plain(seed)
         if not isinstance(given, Sequence):
-            _SEED.check(given, f"seed is {seed!r}, ")
+            SEED.check(given, f"seed is {seed!r}, ")
         seeds = given if isinstance(given, Sequence) else [given + row for row in range(len(texts))]
         if len(seeds) != len(texts):
             raise UserError(f"{len(texts)} texts but {len(seeds)} seeds were given; give one, or one for each text")
         if not texts:
             return []
         watch, method = Stopwatch(), self._method(method)
-        answering = _Answering(max_new_tokens, sampling, seeds)
+        answering = Answering(max_new_tokens, sampling, seeds)
         prompts, kept = self._filter(texts, questions, method, watch, progress, answering)
         return self._answer(prompts, kept, method, answering, watch)
 
@@ -283,7 +202,7 @@ class Pipeline:
         method: Method,
         watch: Stopwatch,
         progress: Progress | None,
-        answering: "_Answering | None" = None,
+        answering: Answering | None = None,
     ) -> tuple[list[Prompt], list[Kept]]:
         """Stage 1; what is known to be wrong with the answer that follows is told before."""
         if answering:
@@ -299,7 +218,7 @@ class Pipeline:
         prompts: list[Prompt],
         kept: list[Kept],
         method: Method,
-        answering: "_Answering",
+        answering: Answering,
         watch: Stopwatch,
     ) -> list[Result]:
         model = self.checkpoint.model
@@ -393,29 +312,6 @@ class Pipeline:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Answering:
-    """How the answers of a batch are generated; see `Pipeline.generate`.
-
-    Attributes:
-      seeds: one for each row.
-    """
-
-    max_new_tokens: int
-    sampling: Sampling
-    seeds: Sequence[int]
-    on_text: Callable[[str], None] | None = None
-
-    def check(self) -> None:
-        """Raise a `UserError` if a value is not what it should be."""
-        _MAX_NEW_TOKENS.check(self.max_new_tokens, f"max_new_tokens is {self.max_new_tokens!r}, ")
-        sampling_lib.check(self.sampling)
-        for seed in self.seeds:
-            _SEED.check(plain(seed), f"seed is {seed!r}, ")
-        if self.on_text is not None and not callable(self.on_text):
-            raise UserError(f"on_text is of type {type(self.on_text).__name__}, expected a function")
-
-
 class Document:
     """A text for many questions, which methods that support it read only once.
 
@@ -444,7 +340,7 @@ class Document:
           method: the document's method with other options for this question; another budget reads nothing anew.
         """
         watch, method = Stopwatch(), self._variant(method)
-        answering = _Answering(max_new_tokens, sampling, [seed], on_text)
+        answering = Answering(max_new_tokens, sampling, [seed], on_text)
         prompt, kept = self._filter(question, method, watch, progress, answering)
         return self._model._answer([prompt], [kept], method, answering, watch)[0]
 
@@ -468,7 +364,7 @@ class Document:
         method: Method,
         watch: Stopwatch,
         progress: Progress | None,
-        answering: _Answering | None = None,
+        answering: Answering | None = None,
     ) -> tuple[Prompt, Kept]:
         check_text(question, "the question")
         if answering:

@@ -19,7 +19,7 @@ LAYERS = (
     ("generate",),
     ("checkpoints",),
     ("methods",),
-    ("pipeline",),
+    ("pipeline", "results"),
     ("evals", "planning"),
     ("serving",),
     ("reporting",),

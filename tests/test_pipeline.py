@@ -1,6 +1,6 @@
 """Results: short to look at, and each its own."""
 
-from gemfilter_jax.pipeline import KeptText, Result
+from gemfilter_jax.results import KeptText, Result
 
 
 def test_a_short_repr():

@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from gemfilter_jax.methods.base import Method
-    from gemfilter_jax.pipeline import Pipeline, Result
+    from gemfilter_jax.pipeline import Pipeline
+    from gemfilter_jax.results import Result
 
 FLAGS = flags.FlagValues()
 options.define_model(FLAGS)

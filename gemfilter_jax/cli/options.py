@@ -23,7 +23,8 @@ if TYPE_CHECKING:  # commands parse their flags before they import JAX, so that 
     from gemfilter_jax.config import ModelConfig
     from gemfilter_jax.evals.runner import Contestant
     from gemfilter_jax.methods.presets import Preset
-    from gemfilter_jax.pipeline import KeptText, Pipeline, Result
+    from gemfilter_jax.pipeline import Pipeline
+    from gemfilter_jax.results import KeptText, Result
 
 LONGEST_TEXT = 1 << 24  # tokens that texts are made of for comparisons, and plans are made for
 

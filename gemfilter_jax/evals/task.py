@@ -11,7 +11,7 @@ from gemfilter_jax.settings import Option, options_of
 if TYPE_CHECKING:  # commands read the tasks' options before they import JAX
     from transformers import PreTrainedTokenizerBase
 
-    from gemfilter_jax.pipeline import KeptText
+    from gemfilter_jax.results import KeptText
 
 MOST_EXAMPLES = 100_000  # that a task makes of one kind, or puts together
 

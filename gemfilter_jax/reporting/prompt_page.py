@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import jinja2
 
 if TYPE_CHECKING:  # so that a command reports mistakes before it imports JAX
-    from gemfilter_jax.pipeline import KeptText
+    from gemfilter_jax.results import KeptText
 
 _PAGE = jinja2.Environment(autoescape=True).from_string("""\
 <!DOCTYPE html>

@@ -27,7 +27,7 @@ from gemfilter_jax.errors import printable, visible
 if TYPE_CHECKING:  # so that a command reports mistakes before it imports JAX
     from gemfilter_jax.checkpoints.weights import BytesRead
     from gemfilter_jax.methods.base import Progress as TokensRead
-    from gemfilter_jax.pipeline import KeptText
+    from gemfilter_jax.results import KeptText
 
 SECONDS_BETWEEN = 30  # of the lines that tell of progress where there is no terminal
 

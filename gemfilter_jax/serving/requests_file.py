@@ -21,7 +21,8 @@ from gemfilter_jax.parallel import processes
 if TYPE_CHECKING:  # so that a command reports mistakes before it imports JAX
     from gemfilter_jax.generate.sampling import Sampling
     from gemfilter_jax.methods.base import Method
-    from gemfilter_jax.pipeline import Pipeline, Result
+    from gemfilter_jax.pipeline import Pipeline
+    from gemfilter_jax.results import Result
 
 _FIELDS = {"prompt": str, "prompt_file": str, "question": str, "id": (str, int, float)}
 _LONGEST_LINE = 1 << 28  # bytes

@@ -10,7 +10,7 @@ import pytest
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.evals.tasks import real_questions
 from gemfilter_jax.evals.tasks.real_questions import RealQuestions
-from gemfilter_jax.pipeline import KeptText
+from gemfilter_jax.results import KeptText
 
 FILE = str(pathlib.Path(__file__).parent / "task_files" / "real_questions.jsonl")
 GROUPS = {

@@ -15,7 +15,7 @@ from gemfilter_jax.evals.task import Task
 from gemfilter_jax.methods.full import Full
 from gemfilter_jax.methods.gemfilter.method import GemFilter
 from gemfilter_jax.methods.streaming_llm import StreamingLLM
-from gemfilter_jax.pipeline import KeptText, Result
+from gemfilter_jax.results import KeptText, Result
 
 TEXT, OTHER = "0123456789" * 10, "Another text."
 KEYS = Example("keys", TEXT, "Where are they?", ("Attic", "47"), tokens=100, spans=((0, 20), (50, 60)))

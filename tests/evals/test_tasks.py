@@ -21,7 +21,7 @@ from gemfilter_jax.evals import tasks
 from gemfilter_jax.evals.example import Example
 from gemfilter_jax.evals.task import Task
 from gemfilter_jax.methods.full import Full
-from gemfilter_jax.pipeline import KeptText, Result
+from gemfilter_jax.results import KeptText, Result
 from gemfilter_jax.settings import option
 
 TOKENS = 700

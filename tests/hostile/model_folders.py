@@ -167,7 +167,7 @@ TOKENIZERS: dict[str, tuple[dict[str, dict | str | bytes | None], str | None]] =
         for name, fields, words in (
             ("names another folder's file", {"fast_tokenizer_files": ["../tokenizer.1.0.json"]}, "names file"),
             ("versions that are no list", {"fast_tokenizer_files": 5}, "names file 5"),
-            ("old paths", {"vocab_file": "/root/x", "tokenizer_file": "/a/b"}, None),
+            ("old paths", {"vocab_file": "/no/x", "tokenizer_file": "/a/b"}, None),
             ("path as vocabulary", {"vocab": "/dev/stdin"}, "unsupported field 'vocab'"),
             ("path as merges", {"merges": "/dev/stdin"}, "unsupported field 'merges'"),
             ("GGUF elsewhere", {"gguf_file": "../x.gguf"}, "unsupported field 'gguf_file'"),

@@ -28,7 +28,7 @@ from hostile.model_folders import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_files import tokenizer
-from refusals import refusal
+from refusals import places, refusal
 
 from gemfilter_jax.checkpoints import tokenizer_folder
 from gemfilter_jax.checkpoints.orbax_folder import MANIFEST, OrbaxFolder
@@ -299,22 +299,16 @@ _ODD += [
 ]
 
 
-def _places(value) -> list[tuple]:
-    """All (container, key) in a JSON value."""
-    keys = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else []
-    return [place for key in keys for place in [(value, key), *_places(value[key])]]
-
-
 @st.composite
 def mutated(draw, goods: list[dict]) -> str:
     """The text of a file: one of some good ones, changed."""
     fields = copy.deepcopy(draw(st.sampled_from(goods)))
-    strings = sorted({str(container[key]) for container, key in _places(fields)} | {str(k) for _, k in _places(fields)})
+    strings = sorted({str(container[key]) for container, key in places(fields)} | {str(k) for _, k in places(fields)})
     for _ in range(draw(st.integers(1, 3))):
-        places = _places(fields)
-        if not places:
+        found = places(fields)
+        if not found:
             break
-        container, key = draw(st.sampled_from(places))
+        container, key = draw(st.sampled_from(found))
         match draw(st.integers(0, 4)):
             case 0:
                 del container[key]
@@ -323,7 +317,7 @@ def mutated(draw, goods: list[dict]) -> str:
             case 2:
                 container[key] = draw(st.sampled_from(strings))
             case 3:
-                other, name = draw(st.sampled_from(places))
+                other, name = draw(st.sampled_from(found))
                 container[key] = copy.deepcopy(other[name])
             case _:
                 container[key] = copy.deepcopy(draw(st.sampled_from(_ODD)))

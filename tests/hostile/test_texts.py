@@ -13,8 +13,9 @@ from refusals import refusal
 from gemfilter_jax import files
 from gemfilter_jax.errors import UserError, printable, visible
 from gemfilter_jax.generate.sampling import GREEDY
-from gemfilter_jax.pipeline import KeptText, Pipeline
+from gemfilter_jax.pipeline import Pipeline
 from gemfilter_jax.reporting import prompt_page
+from gemfilter_jax.results import KeptText
 from gemfilter_jax.serving import requests_file
 from gemfilter_jax.text.control_tokens import control_ids
 from gemfilter_jax.text.prompt import encode

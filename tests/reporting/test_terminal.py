@@ -2,8 +2,8 @@
 
 import pytest
 
-from gemfilter_jax.pipeline import KeptText
 from gemfilter_jax.reporting import terminal
+from gemfilter_jax.results import KeptText
 
 
 def _closing(recall: float | None, kept: int = 2) -> list[str]:

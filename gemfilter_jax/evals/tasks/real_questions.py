@@ -16,7 +16,7 @@ from gemfilter_jax.settings import option
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from gemfilter_jax.pipeline import KeptText
+    from gemfilter_jax.results import KeptText
 
 CHOICE = "multiple choice"
 VERBATIM = "verbatim"
