@@ -30,7 +30,7 @@ from gemfilter_jax.models.transformer import Decoder
 MANIFEST = "gemfilter.json"
 _WEIGHTS, _TOKENIZER = "weights", "tokenizer"
 _VERSION = 1
-_CLOSED = "Event loop is closed"
+_LATE = ("Event loop is closed", "OCDBT")  # in the errors of writes and reads that end after the one that failed
 _DATA = "d"  # folders of the only files that are read in part, and so may have any size
 _LARGEST = 1 << 28  # bytes of another file
 _MOST_PER_BYTE = 64
@@ -154,20 +154,31 @@ def save(
 def _quiet() -> Iterator[None]:
     """Keep an error from being printed besides: it is told once, by what is raised.
 
-    Orbax logs it. It also closes its event loop, and TensorStore's threads print later that it is closed, for each
-    array that they still wrote or read.
+    Orbax logs it. It also closes its event loop, and what TensorStore's threads still wrote or read is told later, by
+    them or when its future is collected: after a failure, such errors stay unprinted.
     """
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     before, hook = [logger.disabled for logger in loggers], sys.unraisablehook
-    sys.unraisablehook = lambda told: None if str(told.exc_value) == _CLOSED else hook(told)
+    sys.unraisablehook = lambda told: None if _is_late(told.exc_value) else hook(told)
     for logger in loggers:
         logger.disabled = True
     try:
         yield
         sys.unraisablehook = hook
+    except BaseException:
+        logging.getLogger("asyncio").addFilter(_is_no_late_record)
+        raise
     finally:
         for logger, disabled in zip(loggers, before, strict=True):
             logger.disabled = disabled
+
+
+def _is_late(error: BaseException | None) -> bool:
+    return any(words in str(error) for words in _LATE)
+
+
+def _is_no_late_record(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and _is_late(record.exc_info[1]))
 
 
 def _check_sizes(stored: Mapping[str, Any], path: pathlib.Path) -> None:
