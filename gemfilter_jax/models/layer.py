@@ -84,7 +84,7 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(kernel.astype(weights.stored), axes=axes)
         self.scale = nnx.Param(jnp.ones((outputs,), jnp.float32), axes=axes[1:]) if weights.int8 else None
         self.bias = nnx.Param(jnp.zeros((outputs,), weights.dtype), axes=axes[1:]) if bias else None
-        self.int8_products = False
+        self.int8_products = False  # if so, the kernel is in int8
         self.cut = sharding.RULES[axes[0]]
 
     def __call__(self, x: jax.Array, *, result: jax.typing.DTypeLike | None = None) -> jax.Array:
@@ -92,8 +92,6 @@ class Linear(nnx.Module):
         result = result or x.dtype
         kernel, scale = self.kernel[...], None if self.scale is None else self.scale[...]
         if self.int8_products:
-            if scale is None:
-                kernel, scale = _in_int8(kernel, 0, self.cut)
             rows, row_scales = _in_int8(x, -1, self.cut)
             products = self._total(jnp.matmul(rows, kernel, preferred_element_type=jnp.int32))
             y = (products * (row_scales * scale)).astype(result)
@@ -102,6 +100,13 @@ class Linear(nnx.Module):
         else:
             y = (self._total(_matmul(x, kernel, jnp.float32)) * scale).astype(result)
         return y if self.bias is None else y + self.bias[...]
+
+    def in_int8(self) -> "Linear":
+        """The same map with an int8 kernel and products in int8; see `Decoder.in_int8`."""
+        if self.scale is not None:
+            return replaced(self, int8_products=True)
+        kernel, scale = _in_int8(self.kernel[...], 0, self.cut)
+        return replaced(self, kernel=nnx.Param(kernel), scale=nnx.data(nnx.Param(scale[0])), int8_products=True)
 
     def _total(self, products: jax.Array) -> jax.Array:
         return products if self.cut is None else collectives.psum(products, self.cut)
@@ -159,9 +164,9 @@ class DecoderLayer(nnx.Module):
         return replaced(self, key=jax.tree.map(kept, self.key), value=jax.tree.map(kept, self.value))
 
     def in_int8(self) -> "DecoderLayer":
-        """The layer that rounds weights and activations to int8 before every matrix product; see `Decoder.in_int8`."""
+        """The layer that multiplies matrices in int8; see `Decoder.in_int8`."""
         names = ("query", "key", "value", "output", "gate", "up", "down")
-        return replaced(self, **{name: replaced(getattr(self, name), int8_products=True) for name in names})
+        return replaced(self, **{name: getattr(self, name).in_int8() for name in names})
 
     def queries(self, normed: jax.Array, table: Table) -> jax.Array:
         """[B, S, D] -> rotated queries [B, S, H, E]."""

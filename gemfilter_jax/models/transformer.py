@@ -66,6 +66,7 @@ class Decoder(nnx.Module):
         self.config = config
         self.attention_implementation: str | None = None
         self.mesh: jax.sharding.Mesh | None = None
+        self.int8_products = False
         self.held_layers = config.layers if filter_layers is None else filter_layers
         table = nnx.initializers.normal(0.02)(rngs.params(), (config.vocab, config.width), weights.dtype)
         self.embedding = nnx.Param(table, axes=("vocab", "embed"))
@@ -87,7 +88,8 @@ class Decoder(nnx.Module):
     def layer(self, index: jax.typing.ArrayLike) -> DecoderLayer:
         """Layer `index`, which may be traced."""
         layer = jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, index, keepdims=False), self.layers)
-        return layer.with_own_key_head(self.config.kv_heads)
+        layer = layer.with_own_key_head(self.config.kv_heads)
+        return layer.in_int8() if self.int8_products else layer
 
     def replace(
         self, *, mesh: jax.sharding.Mesh | None = None, attention_implementation: str | None = None
@@ -102,7 +104,7 @@ class Decoder(nnx.Module):
         Weights have one scale per output and activations one per token. Sums are int32; the rest is unchanged. Weights
         that are not stored in int8 are quantised layer by layer, when they are used.
         """
-        return replaced(self, layers=self.layers.in_int8())
+        return replaced(self, int8_products=True)
 
     def _window(self, index: jax.typing.ArrayLike) -> jax.Array | int | None:
         """The sliding window of layer `index`, which may be traced; a Python int if all layers have the same window."""
