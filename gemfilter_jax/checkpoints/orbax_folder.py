@@ -137,7 +137,7 @@ def save(
         "version": _VERSION,
         "name": name,
         "config": config_lib.to_json(model.config),
-        "int8": model.layers.query.scale is not None,
+        "int8": model.holds_int8,
         "stop_tokens": list(stop_tokens),
     }
     try:

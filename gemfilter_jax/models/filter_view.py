@@ -44,10 +44,17 @@ def keys_and_last_queries(
     with jax.named_scope("filter_layer"):
         own = model.layer(layer)
         k = own.keys(own.attention_norm(x), model.prompt_table(x, lengths, pattern))
-        rows = lengths[:, None] - observation_window + jnp.arange(observation_window)
-        x_rows = shards.sequence_shards(mirrored=pattern is None).rows(x, rows)
+        rows, x_rows = _last_rows(x, lengths, observation_window, pattern)
         q = own.queries(own.attention_norm(x_rows), rotary_table(model.config, rows, lengths))
     return q, k, rows
+
+
+def _last_rows(
+    x: jax.Array, lengths: jax.Array, observation_window: int, pattern: TriShape | None
+) -> tuple[jax.Array, jax.Array]:
+    """The positions [B, W] of the last real rows of x [B, S, ...], and those rows [B, W, ...]."""
+    rows = lengths[:, None] - observation_window + jnp.arange(observation_window)
+    return rows, shards.sequence_shards(mirrored=pattern is None).rows(x, rows)
 
 
 def looked_at(
@@ -73,25 +80,33 @@ def looked_at(
     def at(layer: jax.typing.ArrayLike, x: jax.Array) -> jax.Array:
         return look(layer, *keys_and_last_queries(model, x, lengths, layer, observation_window, pattern))
 
-    attend = model.among_themselves(lengths, pattern)
-    return _summed_over(model, layers, last, at, ids, model.prompt_table(ids, lengths, pattern), lengths, attend)
+    def visited(visit: Visit) -> jax.Array:
+        rows, q = _last_rows(visit.q, lengths, observation_window, pattern)
+        return look(visit.layer, q, visit.k, rows)
+
+    attend, table = model.among_themselves(lengths, pattern), model.prompt_table(ids, lengths, pattern)
+    return _summed_over(model, layers, last, visited, at, ids, table, lengths, attend)
 
 
 def _summed_over(
     model: Decoder,
     layers: jax.Array,
     last: jax.typing.ArrayLike,
+    visited: Callable[[Visit], jax.Array],
     at: Callable[[jax.typing.ArrayLike, jax.Array], jax.Array],
     ids: jax.Array,
     table: Table,
     lengths: jax.Array,
     attend: Attend,
 ) -> jax.Array:
-    """The sum of at(layer, x) over layers with inputs x, in one `forward` up to layer `last`; see `looked_at`."""
+    """The sum of what some layers show, in one `forward`: visited(visit) before layer `last`, there at(layer, x).
+
+    See `looked_at`. Layer `last` does not run: at(layer, x) is told its input x.
+    """
 
     def add_if_looked_at(visit: Visit, total: jax.Array) -> jax.Array:
         here = (layers == visit.layer).any()
-        return jax.lax.cond(here, lambda: total + at(visit.layer, visit.x), lambda: total)
+        return jax.lax.cond(here, lambda: total + visited(visit), lambda: total)
 
     x = model.embed(ids)
     one = jax.eval_shape(at, 0, x)
@@ -177,11 +192,16 @@ def looked_at_after(
         k, v = read.followed_by(keys, visit.k), read.followed_by(values, visit.v)
         return attention.rows(visit.q, positions, k, v, window=visit.sliding_window)
 
+    def seen(index: jax.typing.ArrayLike, q: jax.Array, k: jax.Array) -> jax.Array:
+        last_q = jnp.take_along_axis(q, jnp.maximum(observed, 0)[..., None, None], axis=1)
+        return look(index, last_q, read.followed_by(read.keys[index], k), rows)
+
     def at(index: jax.typing.ArrayLike, x: jax.Array) -> jax.Array:
         layer = model.layer(index)
         normed = layer.attention_norm(x)
-        k = read.followed_by(read.keys[index], layer.keys(normed, table))
-        q = jnp.take_along_axis(layer.queries(normed, table), jnp.maximum(observed, 0)[..., None, None], axis=1)
-        return look(index, q, k, rows)
+        return seen(index, layer.queries(normed, table), layer.keys(normed, table))
 
-    return _summed_over(model, layers, len(read.values), at, ids, table, lengths, attend)
+    def visited(visit: Visit) -> jax.Array:
+        return seen(visit.layer, visit.q, visit.k)
+
+    return _summed_over(model, layers, len(read.values), visited, at, ids, table, lengths, attend)

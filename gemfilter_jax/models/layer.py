@@ -91,12 +91,12 @@ class Linear(nnx.Module):
         """[..., in] -> [..., out], in x's dtype or in `result`; summed over all shards if `in` is sharded."""
         result = result or x.dtype
         kernel, scale = self.kernel[...], None if self.scale is None else self.scale[...]
-        if self.int8_products:
+        if scale is None:
+            y = self._total(_matmul(x, kernel, result))
+        elif self.int8_products:
             rows, row_scales = _in_int8(x, -1, self.cut)
             products = self._total(jnp.matmul(rows, kernel, preferred_element_type=jnp.int32))
             y = (products * (row_scales * scale)).astype(result)
-        elif scale is None:
-            y = self._total(_matmul(x, kernel, result))
         else:
             y = (self._total(_matmul(x, kernel, jnp.float32)) * scale).astype(result)
         return y if self.bias is None else y + self.bias[...]

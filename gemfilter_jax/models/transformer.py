@@ -4,8 +4,9 @@ Axes: B batch, S sequence, W observation rows, C cache capacity, L layers, D mod
 G key/value heads, E head width, F MLP width, V vocabulary. Sequences are padded on the right; `lengths` [B] are the
 true lengths. Norms, rotary, softmax and logits are computed in float32, everything else in the weights' dtype.
 
-Layer weights carry a leading L axis. Only `Decoder.forward` loops over the layers, with a bound that may be traced.
-Callers pass it a hook that keeps, scores or records data at each layer.
+Layer weights carry a leading L axis, or each layer has arrays of its own, see `Decoder.unstacked`. Only
+`Decoder.forward` loops over the layers, with a bound that may be traced. Callers pass it a hook that keeps, scores or
+records data at each layer.
 """
 
 import functools
@@ -27,6 +28,11 @@ from gemfilter_jax.parallel import collectives, shards
 from gemfilter_jax.precision import precision_of
 
 _ALL = 2**30  # the window of a layer without a sliding window: wider than any prompt
+
+
+@jax.jit
+def _each(stack: jax.Array) -> list[jax.Array]:
+    return list(stack)
 
 
 def keep_all(visit: Visit, cache: KVCache) -> KVCache:
@@ -70,9 +76,9 @@ class Decoder(nnx.Module):
         self.held_layers = config.layers if filter_layers is None else filter_layers
         table = nnx.initializers.normal(0.02)(rngs.params(), (config.vocab, config.width), weights.dtype)
         self.embedding = nnx.Param(table, axes=("vocab", "embed"))
-        self.layers = jax.vmap(lambda key: DecoderLayer(config, weights=weights, rngs=nnx.Rngs(key)))(
-            jax.random.split(rngs.params(), self.held_layers)
-        )
+        self.layers: DecoderLayer | nnx.List[DecoderLayer] = jax.vmap(
+            lambda key: DecoderLayer(config, weights=weights, rngs=nnx.Rngs(key))
+        )(jax.random.split(rngs.params(), self.held_layers))
         self.final_norm = RMSNorm(config.width, config.rms_eps, axis="embed", weights=weights) if whole else None
         self.lm_head = (
             Linear(config.width, config.vocab, axes=("embed", "vocab"), weights=weights, rngs=rngs)
@@ -85,9 +91,19 @@ class Decoder(nnx.Module):
         """The dtype of activations."""
         return self.embedding[...].dtype
 
+    @property
+    def holds_int8(self) -> bool:
+        """Whether matrices are held in int8."""
+        return self.layer(0).query.scale is not None
+
     def layer(self, index: jax.typing.ArrayLike) -> DecoderLayer:
         """Layer `index`, which may be traced."""
-        layer = jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, index, keepdims=False), self.layers)
+        if isinstance(self.layers, DecoderLayer):
+            layer = jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, index, keepdims=False), self.layers)
+        elif isinstance(index, int):
+            layer = self.layers[index]
+        else:
+            layer = jax.lax.switch(index, [functools.partial(lambda one: one, one) for one in self.layers])
         layer = layer.with_own_key_head(self.config.kv_heads)
         return layer.in_int8() if self.int8_products else layer
 
@@ -97,6 +113,20 @@ class Decoder(nnx.Module):
         """The same model on another mesh, or with another implementation of attention; None keeps the current one."""
         given = {"mesh": mesh, "attention_implementation": attention_implementation}
         return replaced(self, **{name: value for name, value in given.items() if value is not None})
+
+    def unstacked(self) -> "Decoder":
+        """The same model, each layer with arrays of its own, which decode steps read where they are.
+
+        Slices of stacked arrays are copied before a product reads them, by XLA for GPUs at least. The arrays of this
+        model are given up one by one, so that there is never a second copy of all of them.
+        """
+        stacks, structure = jax.tree.flatten(self.layers)
+        layers: list[list[jax.Array]] = [[] for _ in range(self.held_layers)]
+        for stack in stacks:
+            for layer, own in zip(layers, _each(stack), strict=True):
+                layer.append(own)
+            stack.delete()
+        return replaced(self, layers=nnx.List([jax.tree.unflatten(structure, layer) for layer in layers]))
 
     def in_int8(self) -> "Decoder":
         """The same model, whose layers multiply matrices in int8.
@@ -154,6 +184,11 @@ class Decoder(nnx.Module):
                 state = state if hook is None else hook(visit, state)
                 return layer.close(x, attend(visit, state), rows), state
 
+        if x.shape[1] == 1 and not isinstance(self.layers, DecoderLayer) and isinstance(layers, int):
+            carry = x, state
+            for index in range(start, layers):
+                carry = body(index, carry)
+            return carry
         return jax.lax.fori_loop(start, layers, body, (x, state))
 
     def among_themselves(

@@ -62,13 +62,14 @@ def test_the_likeliest_token_is_the_same_at_97_percent_of_positions(int8):
 @pytest.mark.parametrize("weights", ["float", "int8"])
 def test_products_in_int8(weights):
     """A row's numbers have one scale, an output's weights another; what is held as int8 is taken as it is."""
-    linear = Decoder(tiny.CONFIG, int8=weights == "int8", rngs=nnx.Rngs(0)).in_int8().layer(1).gate
+    model = Decoder(tiny.CONFIG, int8=weights == "int8", rngs=nnx.Rngs(0))
+    linear, held = model.in_int8().layer(1).gate, model.layer(1).gate
     x = np.random.default_rng(0).normal(size=(2, 3, tiny.CONFIG.width)).astype(np.float32)
     x[0, 1] *= 1000
     x[1, 2] = 0
-    kernel = np.asarray(linear.kernel[...], np.float64)
+    kernel = np.asarray(held.kernel[...], np.float64)
     if weights == "int8":
-        steps, scale = kernel, np.asarray(linear.scale[...], np.float64)
+        steps, scale = kernel, np.asarray(held.scale[...], np.float64)
     else:
         scale = np.abs(kernel).max(axis=0) / 127
         steps = np.rint(kernel / scale)

@@ -13,7 +13,8 @@ from gemfilter_jax.precision import precision_of
 
 _BLOCK = 512  # queries and keys per block: the fastest of 64..1024 on two AVX-512 cores at S = 8192, E = 64
 _BAND_BLOCK = 256  # of a tri_shape, at most: half of its band, since keys of a block beyond the band are wasted work
-_LEAST_BAND_BLOCK = 128  # smaller products cost more than they save
+_LEAST_BAND_BLOCK = 64  # smaller products cost more than they save
+_BAND_ROWS = 256  # of a tri_shape's queries at a time: the logits of several small blocks in one product
 _MASKED = -1e30  # finite, so that a row without any visible key does not yield NaN
 
 
@@ -149,39 +150,47 @@ def banded(
     """
     length, before = q.shape[1], k.shape[1] - q.shape[1]
     block = min(_BAND_BLOCK, max(pattern.band // 2, _LEAST_BAND_BLOCK), length)
-    missing = -length % block
-    q, k, v = (jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) for x in (q, k, v))
+    together = max(min(_BAND_ROWS, length) // block, 1)
+    step = together * block
+    q, k, v = (jnp.pad(x, ((0, 0), (0, -length % step), (0, 0), (0, 0))) for x in (q, k, v))
     first, repeats = firsts[0].shape[1], q.shape[2] // k.shape[2]
     span = min(-(-(pattern.band - 1) // block) * block + block, k.shape[1])
     near = pattern.band if window is None else jnp.minimum(window, pattern.band)
+    blocks = jnp.arange(together)
 
-    def attend(index):
-        queries = scaled(jax.lax.dynamic_slice_in_dim(q, index * block, block, axis=1), scale)
-        queries = rearrange(queries, "b s (g r) e -> b g (r s) e", r=repeats)
-        end = before + (index + 1) * block
-        begin = jnp.maximum(end - span, 0)
+    def attend(index, queries):
+        queries = rearrange(scaled(queries, scale), "b (n s) (g r) e -> b n g (r s) e", n=together, r=repeats)
+        begins = jnp.maximum(before + (index * together + blocks + 1) * block - span, 0)
 
         def seen(x, first_x):
-            band = jax.lax.dynamic_slice_in_dim(x, begin, span, axis=1)
-            return rearrange(jnp.concatenate([first_x, band], axis=1), "b k g e -> b g k e")
+            bands = (jax.lax.dynamic_slice_in_dim(x, begins[i], span, axis=1) for i in range(together))
+            of_blocks = jnp.stack([jnp.concatenate([first_x, band], axis=1) for band in bands], axis=1)
+            return rearrange(of_blocks, "b n k g e -> b n g k e")
 
         keys, values = seen(k, firsts[0]), seen(v, firsts[1])
-        places = jnp.concatenate([jnp.arange(first), start - before + begin + jnp.arange(span)])
-        distance = start + index * block + jnp.arange(block)[:, None] - places
+        in_bands = start - before + begins[:, None] + jnp.arange(span)
+        in_firsts = jnp.broadcast_to(jnp.arange(first), (together, first))
+        places = jnp.concatenate([in_firsts, in_bands], axis=1)[:, None]
+        distance = start + index * step + jnp.arange(step).reshape(together, block, 1) - places
         in_band = (distance >= 0) & (distance < near) & (places >= 0)
         far = distance >= near if window is None else (distance >= near) & (distance < window)
         bias = jnp.where(jnp.where(jnp.arange(first + span) < first, far, in_band), 0.0, _MASKED)
-        precision = precision_of(queries)
-        logits = jnp.einsum("bgqe,bgke->bgqk", queries, keys, precision=precision, preferred_element_type=jnp.float32)
-        logits = rearrange(_capped(logits, soft_cap), "b g (r s) k -> b g r s k", r=repeats) + bias
+        products = functools.partial(jnp.einsum, precision=precision_of(queries), preferred_element_type=jnp.float32)
+        logits = _capped(products("bngqe,bngke->bngqk", queries, keys), soft_cap)
+        logits = rearrange(logits, "b n g (r s) k -> b n g r s k", r=repeats) + bias[:, None, None]
         mass = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
-        total = rearrange(mass.sum(axis=-1), "b g r s -> b g (r s) 1")
-        mass = rearrange(mass.astype(v.dtype), "b g r s k -> b g (r s) k")
-        summed = jnp.einsum("bgqk,bgke->bgqe", mass, values, precision=precision, preferred_element_type=jnp.float32)
-        return rearrange((summed / total).astype(q.dtype), "b g (r s) e -> b s (g r) e", r=repeats)
+        total = rearrange(mass.sum(axis=-1), "b n g r s -> b n g (r s) 1")
+        mass = rearrange(mass.astype(v.dtype), "b n g r s k -> b n g (r s) k")
+        summed = products("bngqk,bngke->bngqe", mass, values)
+        return rearrange((summed / total).astype(q.dtype), "b n g (r s) e -> b (n s) (g r) e", r=repeats)
 
-    out = _over_query_blocks(attend, lengths - start, block, q.shape[1] // block)
-    return rearrange(out, "n b s h e -> b (n s) h e")[:, :length]
+    def replace(index, out):
+        """A block's queries are not needed after it, so that its result takes their place."""
+        queries = jax.lax.dynamic_slice_in_dim(out, index * step, step, axis=1)
+        return jax.lax.dynamic_update_slice_in_dim(out, attend(index, queries), index * step, axis=1)
+
+    steps = jnp.clip(-(-(jnp.max(lengths) - start) // step), 0, q.shape[1] // step)
+    return jax.lax.fori_loop(0, steps, replace, q)[:, :length]
 
 
 def _over_query_blocks(
@@ -271,7 +280,7 @@ def rows(
             own = positions - shards.sequence_shards(mirrored=False).starts(k.shape[1])
         else:
             key_positions = jnp.pad(key_positions, ((0, 0), (0, -k.shape[1] % block)), constant_values=-1)
-        k, v = (rearrange(padded(x, block), "b s g e -> b g s e") for x in (k, v))
+        k, v = padded(k, block), padded(v, block)
         queries = scaled(q, q.shape[-1] ** -0.5 if scale is None else scale)
         queries = rearrange(queries, "b s (g r) e -> b g (r s) e", g=groups)
         of_queries = jnp.tile(own, (1, repeats))[:, None, :, None]
@@ -286,11 +295,13 @@ def rows(
                 seen = [(distance >= 0) & (at >= 0)]
             if window is not None:
                 seen.append(distance < window)
-            kj = jax.lax.dynamic_slice_in_dim(k, j * block, block, axis=2)
-            vj = jax.lax.dynamic_slice_in_dim(v, j * block, block, axis=2)
+            kj, vj = (
+                rearrange(jax.lax.dynamic_slice_in_dim(x, j * block, block, axis=1), "b s g e -> b g s e")
+                for x in (k, v)
+            )
             return accumulated(queries, kj, vj, seen, sums, soft_cap)
 
-        blocks = k.shape[2] // block
+        blocks = k.shape[1] // block
         if key_positions is None:
             blocks = jnp.minimum(jnp.max(own) // block + 1, blocks)
         out = finished(_of_all_parts(jax.lax.fori_loop(0, blocks, accumulate, nothing(queries))), q.dtype)
