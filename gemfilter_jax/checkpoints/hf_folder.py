@@ -10,7 +10,6 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerBase
 
 from gemfilter_jax import files
-from gemfilter_jax.checkpoints import tokenizer_folder
 from gemfilter_jax.checkpoints.folder_files import read_object
 from gemfilter_jax.checkpoints.weights import Loading, build_decoder
 from gemfilter_jax.config import ModelConfig, take
@@ -45,7 +44,9 @@ class HuggingFaceFolder:
         return build_decoder(self.config, Shards(self.folder), loading, source=str(self.folder))
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The folder's own tokenizer and chat template."""
+        """The folder's own tokenizer and chat template; their classes are imported here, see `orbax_folder`."""
+        from gemfilter_jax.checkpoints import tokenizer_folder
+
         return tokenizer_folder.load(self.folder, self.folder)
 
     def stop_tokens(self) -> tuple[int, ...]:

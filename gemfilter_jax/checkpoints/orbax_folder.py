@@ -1,6 +1,7 @@
 """Folders written by `gemfilter convert`: weights as Orbax arrays, config and tokenizer beside them.
 
-Orbax reads only each device's shard of an array, so a checkpoint loads directly into any sharded layout.
+Orbax reads only each device's shard of an array, so a checkpoint loads directly into any sharded layout. It and the
+classes of tokenizers are imported when they are used: other models start sooner without.
 """
 
 import contextlib
@@ -15,12 +16,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 from transformers import PreTrainedTokenizerBase
 
 from gemfilter_jax import config as config_lib
 from gemfilter_jax import files
-from gemfilter_jax.checkpoints import folder_files, tokenizer_folder
+from gemfilter_jax.checkpoints import folder_files
 from gemfilter_jax.checkpoints.weights import Loading, abstract_decoder, check_arrays, parameter_name
 from gemfilter_jax.config import ModelConfig, refuse_unknown, take, take_flag, take_list, take_name, take_object
 from gemfilter_jax.errors import UserError, reason
@@ -75,6 +75,8 @@ class OrbaxFolder:
             raise UserError(
                 f"{self.folder}: holds floating-point weights; for int8, convert the model with --weights=int8"
             )
+        import orbax.checkpoint as ocp
+
         loading = dataclasses.replace(loading, int8=self._int8)
         leaves, structure = jax.tree_util.tree_flatten_with_path(abstract_decoder(self.config, loading))
         wanted = {parameter_name(path): leaf for path, leaf in leaves}
@@ -112,6 +114,8 @@ class OrbaxFolder:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that was saved with the weights."""
+        from gemfilter_jax.checkpoints import tokenizer_folder
+
         return tokenizer_folder.load(self.folder / _TOKENIZER, self.folder)
 
     def stop_tokens(self) -> tuple[int, ...]:
@@ -131,6 +135,8 @@ def save(
     Raises:
       UserError: the folder exists or cannot be written.
     """
+    import orbax.checkpoint as ocp
+
     files.check_new_folder(folder)
     leaves, _ = jax.tree_util.tree_flatten_with_path(model)
     manifest = {

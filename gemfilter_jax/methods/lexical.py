@@ -1,14 +1,14 @@
-"""How much a passage and a question have in common, by their words."""
+"""How much a passage and a question have in common, by their words.
+
+`bm25s` is imported when it is used: what needs no words starts sooner without.
+"""
 
 import functools
 import logging
 from collections.abc import Sequence
 from typing import Any
 
-import bm25s
 import numpy as np
-import Stemmer
-from bm25s.stopwords import STOPWORDS_EN_PLUS
 
 _OF_NEIGHBOURS = 0.3  # an answer often stands beside the sentence that names what was asked for
 
@@ -21,6 +21,9 @@ def bm25(passages: Sequence[str], question: str, *, stems: bool = False) -> np.n
     Args:
       stems: compare English stems, and ignore English function words in the question.
     """
+    import bm25s
+    import Stemmer
+
     stemmer = Stemmer.Stemmer("english") if stems else None
     words: Any = functools.partial(bm25s.tokenize, token_pattern=r"[^\W_]+", stopwords=[], show_progress=False)
     asked = words([question], return_ids=False)[0]
@@ -45,4 +48,6 @@ def scores(passages: Sequence[str], question: str) -> np.ndarray:
 
 @functools.cache
 def _function_words() -> frozenset[str]:
+    from bm25s.stopwords import STOPWORDS_EN_PLUS
+
     return frozenset(STOPWORDS_EN_PLUS)
