@@ -4,11 +4,12 @@
 
 Needs jax, einops and absl-py alone, no network, and no model but the one that --model names. Every implementation is
 first compared with float64 NumPy on small random inputs. Times are medians; scores are told as a share of this device's
-own copies, attention as a share of its own matrix products. What an implementation does not serve is in the result with
-the reason.
+own copies at their best, attention as a share of its own matrix products. What an implementation does not serve is in
+the result with the reason.
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import platform
@@ -26,6 +27,8 @@ from gemfilter_jax import files
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.methods import selection
 from gemfilter_jax.ops import attention, key_scores
+from gemfilter_jax.planning import ceilings
+from gemfilter_jax.planning.ceilings import Ceilings
 
 _WINDOW = 32
 _LARGEST_ERROR = {"float32": 1e-4, "bfloat16": 2e-2}
@@ -126,30 +129,20 @@ def _checks(shape: Sequence[int], dtype: str) -> list[dict[str, Any]]:
     return found
 
 
-def _device_speeds(dtype: str, repeats: int) -> dict[str, float]:
-    on_cpu = jax.default_backend() == "cpu"
-    size = 2**26 if on_cpu else 2**30
-    copied = _seconds(jax.jit(lambda x: x + 1), jnp.zeros(size // 4, jnp.float32), repeats=repeats)
-    side = 2048 if on_cpu else 8192
-    square = _random((side, side), dtype, 0)
-    multiplied = _seconds(jax.jit(lambda x: x @ x), square, repeats=repeats)
-    return {"copy_bytes_per_second": 2 * size / copied, "product_flops_per_second": 2 * side**3 / multiplied}
-
-
-def _times_of_scores(length: int, shape: Sequence[int], dtype: str, speeds: dict[str, float], repeats: int):
+def _times_of_scores(length: int, shape: Sequence[int], dtype: str, speeds: Ceilings, repeats: int):
     q, k, _ = _qkv(length, shape, dtype, rows=_WINDOW)
     rows = jnp.arange(length - _WINDOW, length)[None]
     read = 2 * k.nbytes  # the keys once for the reference and once for the masses
 
     def measure(name: str) -> dict[str, Any]:
         seconds = _seconds(_score(name, "softmax"), q, rows, k, jnp.ones(shape[0]), repeats=repeats)
-        return {"ms": seconds * 1e3, "share_of_copy": read / seconds / speeds["copy_bytes_per_second"]}
+        return {"ms": seconds * 1e3, "share_of_copy": read / seconds / speeds.copy_bytes_per_second}
 
     return [{"tokens": length, "implementation": name, **_tried(measure, name)} for name in _scoring()]
 
 
 def _times_of_attention(
-    length: int, shape: Sequence[int], dtype: str, speeds: dict[str, float], repeats: int, longest_dense: int
+    length: int, shape: Sequence[int], dtype: str, speeds: Ceilings, repeats: int, longest_dense: int
 ):
     q, k, v = _qkv(length, shape, dtype)
     lengths, tails = jnp.asarray([length], jnp.int32), jnp.asarray([_WINDOW], jnp.int32)
@@ -159,7 +152,7 @@ def _times_of_attention(
     def measure(name: str, tri_shape: bool) -> dict[str, Any]:
         seconds = _seconds(_attend(name, tri_shape), q, k, v, lengths, tails, repeats=repeats)
         flops = 4 * heads * width * seen[tri_shape] / seconds
-        return {"ms": seconds * 1e3, "share_of_product": flops / speeds["product_flops_per_second"]}
+        return {"ms": seconds * 1e3, "share_of_product": flops / speeds.product_flops_per_second}
 
     return [
         {"tokens": length, "of": form, "implementation": name, **_tried(measure, name, form == "tri_shape")}
@@ -240,7 +233,8 @@ def _main(arguments: argparse.Namespace) -> int:
         "shape": dict(zip(("heads", "kv_heads", "width"), shape, strict=True)) | {"rows": _WINDOW, "dtype": dtype},
         "checks": _checks(shape, dtype),
     }
-    speeds = result["device"] = _device_speeds(dtype, repeats)
+    speeds = ceilings.measure(dtype)
+    result["device"] = dataclasses.asdict(speeds)
     if arguments.model:
         result["filter_pass"] = _share_of_filter_pass(arguments.model, 8192, repeats)
     attended = [length for length in arguments.lengths if length <= arguments.longest_attention]

@@ -298,6 +298,11 @@ def _is_special(path: pathlib.Path) -> bool:
     return path.exists() and not path.is_file()
 
 
+def is_plain(path: str | os.PathLike) -> bool:
+    """Whether `write_whole` makes or replaces a plain file, and does not write through a stream or a device."""
+    return not _is_stream(path) and not _is_special(_target(path))
+
+
 def _is_stream(path: str | os.PathLike) -> bool:
     return _descriptor(path) is not None
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemfilter_jax import compile_cache, methods
+from gemfilter_jax import calls, compile_cache, methods
 from gemfilter_jax.buckets import bucket
 from gemfilter_jax.checkpoints import Checkpoint, Opened, load_checkpoint, mesh_for, open_checkpoint
 from gemfilter_jax.checkpoints.weights import BytesRead
@@ -74,6 +74,11 @@ class Pipeline:
         method.check(self.checkpoint.model)
         check_format(self.checkpoint.tokenizer, self.chat_template, self.message_format)
         self._check_context(max_new_tokens)
+
+    def check_prompt(self, text: str, question: str | None, method: Method, max_new_tokens: int) -> None:
+        """Raise a `UserError` if `generate` would find these settings, or the prompt's length, invalid."""
+        self.check(method, max_new_tokens)
+        self._check_room([self._encode(text, question, method)], method, max_new_tokens)
 
     def _check_context(self, max_new_tokens: int) -> None:
         context = self.checkpoint.model.config.context
@@ -235,7 +240,8 @@ class Pipeline:
         if method.keeps_positions:
             positions, _ = loop.pad([one.indices for _, one in rows], width)
         with watch.stage("prefill"):
-            state = loop.prefill(
+            state = calls.call(
+                loop.prefill,
                 model,
                 ids,
                 lengths,
@@ -255,7 +261,7 @@ class Pipeline:
             held = collectives.to_host(state.cache.positions)
             rows = [(prompt, _still_held(one, held[:, row])) for row, (prompt, one) in enumerate(rows)]
         with watch.stage("decode"):
-            state = loop.decode(model, state) if on_text is None else self._stream(state, on_text)
+            state = calls.call(loop.decode, model, state) if on_text is None else self._stream(state, on_text)
             tokens, counts, stopped = collectives.to_host((state.tokens, state.lengths, state.stopped))
         return [
             self._result(*row, row_tokens[:count], bool(ended), dict(watch.timings))

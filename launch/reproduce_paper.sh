@@ -104,7 +104,8 @@ fi
 if [ ! -e "$output/bench.json" ]; then
     printf '%s\n' "$timed" >"$output/bench.flags"
     "$gemfilter" bench --model="$model" --lengths="$bench" --keep="$first" --method=full,snapkv,paper,default \
-        --output="$output/bench.json" --plot="$output/bench.png" "$@" >"$output/bench.txt"
+        --output="$output/bench.part.json" --plot="$output/bench.png" "$@" >"$output/bench.txt"
+    mv "$output/bench.part.json" "$output/bench.json"
 fi
 
 {
@@ -154,9 +155,9 @@ for layer in layers:
 print("\n".join(["", *remarks]))
 SWEEP
     fi
-    printf '\n## Time and memory by length\n\n%s\n\n```\n' "Seconds are medians; \"full / this\" is the median ratio of \
-runs in turns. On a CPU the memory is that of the whole process at its peak. On other devices it is the highest so far, of all methods \
-that ran before, and says nothing about one method. \
+    printf '\n## Time and memory by length\n\n%s\n\n```\n' "Numbers are medians; \"full / this\" is the median ratio of \
+runs in turns. On a CPU the memory is that of the whole process at its peak, on other devices that of the weights and the \
+largest program by the compiler's report. bench.json has all runs. \
 ![time and memory by length](bench.png)"
     cat "$output/bench.txt"
     printf '```\n'

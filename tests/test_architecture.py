@@ -10,7 +10,7 @@ import pytest
 import gemfilter_jax
 
 LAYERS = (
-    ("errors", "compile_cache", "files", "buckets", "timing", "config", "precision", "settings"),
+    ("errors", "compile_cache", "files", "buckets", "calls", "timing", "config", "precision", "settings"),
     ("parallel",),
     ("pallas_kernels",),
     ("ops",),

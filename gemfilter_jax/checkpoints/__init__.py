@@ -151,8 +151,8 @@ def open_checkpoint(source: str | os.PathLike) -> Opened:
         return HuggingFaceFolder(hub.cached_or_downloaded(source))
     if source in shapes.names():
         raise UserError(
-            f"model {source!r} is a shape without weights, for `gemfilter plan` and `gemfilter bench "
-            "--random_weights`; give a folder, a .gguf file or a hub id such as meta-llama/Llama-3.1-8B-Instruct"
+            f"model {source!r} is a shape without weights, for `gemfilter plan` and `gemfilter bench --random_weights "
+            f"--shape={source}`; give a folder, a .gguf file or a hub id such as meta-llama/Llama-3.1-8B-Instruct"
         )
     close = difflib.get_close_matches(source, [embedded.NAME], cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if close else ""

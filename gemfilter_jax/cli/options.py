@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # commands parse their flags before they import JAX, so that 
 
     from rich.console import Console
 
+    from gemfilter_jax.checkpoints import Opened
     from gemfilter_jax.config import ModelConfig
     from gemfilter_jax.evals.runner import Contestant
     from gemfilter_jax.methods.presets import Preset
@@ -271,6 +272,11 @@ def _separated(given: "Sequence[str]") -> list[str]:
     return list(dict.fromkeys(name for names in given for name in names.split(",")))
 
 
+def method_names(values: flags.FlagValues) -> list[str]:
+    """The names in --method, each once."""
+    return _separated(values.method)
+
+
 def _define_options_of_methods(values: flags.FlagValues) -> None:
     """Define a flag for each option of the methods that has none yet; methods may share option names."""
     owners: dict[str, list[type[Method]]] = {}
@@ -315,25 +321,23 @@ def console() -> "Console":
 def load_pipeline(
     values: flags.FlagValues,
     *,
+    opened: "Opened | None" = None,
     layers: "Callable[[Preset, ModelConfig], int] | None" = None,
     many_prompts: bool = False,
 ) -> "Pipeline":
     """Load --model onto --mesh.
 
     Args:
+      opened: a model to load in its place; None for --model.
       layers: gives the number of first layers to load, without an LM head; None for the whole model.
       many_prompts: prefer sharding the batch to sharding prompts.
     """
     from gemfilter_jax import checkpoints, pipeline
     from gemfilter_jax.methods import presets
-    from gemfilter_jax.planning import models
     from gemfilter_jax.reporting import terminal
     from gemfilter_jax.text import prompt
 
-    if "random_weights" in values and values.random_weights:
-        opened = checkpoints.RandomWeights(models.config_of(values.model), values.model)
-    else:
-        opened = checkpoints.open_checkpoint(values.model)
+    opened = checkpoints.open_checkpoint(values.model) if opened is None else opened
     if "preset" in values and values.preset is not None:
         preset = presets.read_preset(pathlib.Path(values.preset), opened.config)
     else:
@@ -377,19 +381,25 @@ def _budget(keep: str | None) -> dict[str, int | str]:
 
 def lengths(values: flags.FlagValues) -> list[int]:
     """--lengths as numbers."""
-    for length in values.lengths:
-        if not _is_count(length):
-            raise UserError(f"--lengths={','.join(values.lengths)}: {length!r} is not a whole number of at least 1")
-        if int(length) > LONGEST_TEXT:
-            raise UserError(f"--lengths={','.join(values.lengths)}: {length} is beyond {LONGEST_TEXT:,} tokens")
-    if not values.lengths:
-        raise UserError("--lengths is empty; give one number or several, separated by commas")
-    return list(dict.fromkeys(map(int, values.lengths)))
+    return counts(values, "lengths", LONGEST_TEXT, "tokens")
+
+
+def counts(values: flags.FlagValues, name: str, most: int, unit: str) -> list[int]:
+    """A list of numbers from 1 to `most` that a flag gives, each once."""
+    given: list[str] = values[name].value or []
+    for one in given:
+        if not _is_count(one):
+            raise UserError(f"--{name}={','.join(given)}: {one!r} is not a whole number of at least 1")
+        if int(one) > most:
+            raise UserError(f"--{name}={','.join(given)}: {one} is beyond {most:,} {unit}")
+    if not given:
+        raise UserError(f"--{name} is empty; give one number or several, separated by commas")
+    return list(dict.fromkeys(map(int, given)))
 
 
 def check_methods(values: flags.FlagValues) -> None:
     """Raise a `UserError` if a given flag is an option of none of the methods of --method."""
-    names = _separated(values.method)
+    names = method_names(values)
     known = set[str]().union(*(_names(methods.VARIANTS[name]) for name in names))
     if strangers := sorted({*_given(values), *_budget(values.keep and "1")} - known):
         others = [name for name in methods.VARIANTS if strangers[0] in _names(methods.VARIANTS[name])]
@@ -424,7 +434,7 @@ def contestants(values: flags.FlagValues, model: "Pipeline") -> "list[Contestant
 
     budgets = list(dict.fromkeys(values.keep.split(","))) if values.keep is not None else [None]
     made: dict[str, Contestant] = {}
-    for name in _separated(values.method):
+    for name in method_names(values):
         for keep in budgets:
             method = methods.make(name, model.preset, **_given(values) | _budget(keep))
             method.check(model.checkpoint.model)

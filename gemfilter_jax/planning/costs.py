@@ -41,26 +41,27 @@ class Costs:
     """Costs of a program on one device.
 
     Attributes:
-      flops: FLOPs of matrix products.
+      flops: FLOPs of matrix products. int8_flops: those among them whose factors are int8.
       exchanges: collectives by kind and mesh axis, such as ("psum", "model").
     """
 
     flops: int = 0
     exchanges: dict[tuple[str, str], Exchange] = dataclasses.field(default_factory=dict)
+    int8_flops: int = 0
 
     def __add__(self, other: "Costs") -> "Costs":
         exchanges = dict(self.exchanges)
         for kind, more in other.exchanges.items():
             had = exchanges.get(kind, Exchange(0, 0, 0))
             exchanges[kind] = Exchange(had.count + more.count, had.bytes + more.bytes, had.sent + more.sent)
-        return Costs(self.flops + other.flops, exchanges)
+        return Costs(self.flops + other.flops, exchanges, self.int8_flops + other.int8_flops)
 
     def __mul__(self, times: int) -> "Costs":
         exchanges = {
             kind: Exchange(one.count * times, one.bytes * times, one.sent * times)
             for kind, one in self.exchanges.items()
         }
-        return Costs(self.flops * times, exchanges)
+        return Costs(self.flops * times, exchanges, self.int8_flops * times)
 
     @property
     def exchanged(self) -> int:
@@ -124,7 +125,7 @@ class _Walk:
         unknown: list[Known] = [None] * len(equation.outvars)
         match name:
             case "dot_general":
-                return unknown, Costs(_product_flops(equation))
+                return unknown, _of_product(equation)
             case "psum" | "psum_invariant" | "pmax" | "pmin" | "ppermute" | "all_gather" | "all_to_all":
                 return values if name in ("pmax", "pmin") else unknown, self._exchange(equation)
             case "axis_index":
@@ -216,7 +217,7 @@ class _Walk:
         costs = Costs()
         for equation in jaxpr.eqns:
             if equation.primitive.name == "dot_general":
-                costs += Costs(_product_flops(equation))
+                costs += _of_product(equation)
             elif equation.primitive.name == "cond":
                 branches = [self._bound(branch.jaxpr) for branch in equation.params["branches"]]
                 costs += max(branches, key=lambda one: one.flops)
@@ -241,10 +242,10 @@ def _repeated(
     return made, costs * count
 
 
-def _product_flops(equation: Any) -> int:
+def _of_product(equation: Any) -> Costs:
     ((contracted, _), _), left = equation.params["dimension_numbers"], equation.invars[0].aval
-    size = math.prod(left.shape[axis] for axis in contracted)
-    return 2 * math.prod(equation.outvars[0].aval.shape) * size
+    flops = 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left.shape[axis] for axis in contracted)
+    return Costs(flops, int8_flops=flops if left.dtype == np.int8 else 0)
 
 
 def _bytes(aval: Any) -> int:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemfilter_jax.buckets import bucket
+from gemfilter_jax.calls import Call
 from gemfilter_jax.config import ModelConfig
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.generate import loop
@@ -76,6 +77,15 @@ class Program:
         """Costs on one device with XLA attention, whose jaxpr contains every matrix product."""
         model = self.model.replace(attention_implementation="xla")
         return costs.of_program(self.function, model, *self.arguments, **self.options)
+
+
+def of_call(call: Call) -> Program:
+    """A program as it was called, on arguments that were not donated."""
+    model, *arguments = call.arguments
+    known = jax.tree.map(
+        lambda leaf: np.asarray(leaf) if isinstance(leaf, jax.Array) else leaf, (tuple(arguments), call.options)
+    )
+    return Program(call.function, model, *known)
 
 
 def filtering(model: Decoder, request: Request, *, whole: bool = False) -> Program:
@@ -151,6 +161,6 @@ def bytes_on_device(tree: Any) -> int:
     def size(leaf: Any) -> int:
         layout = getattr(leaf, "sharding", None)
         shape = leaf.shape if layout is None else layout.shard_shape(leaf.shape)
-        return math.prod(shape) * jnp.dtype(leaf.dtype).itemsize
+        return math.prod(shape) * leaf.dtype.itemsize
 
     return sum(size(leaf) for leaf in jax.tree.leaves(tree) if hasattr(leaf, "shape"))

@@ -3,6 +3,7 @@
 import collections
 import functools
 import io
+import itertools
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ParamSpec
@@ -12,6 +13,7 @@ import numpy as np
 from gemfilter_jax import files
 from gemfilter_jax.errors import printable
 from gemfilter_jax.evals import result_file, summary
+from gemfilter_jax.reporting import bench_tables
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,6 +28,7 @@ _Arguments = ParamSpec("_Arguments")
 _PANELS_A_ROW = 4
 _OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999", "#F0E442")
 _MARKERS = "osD^vPX<>*hd"
+_LINES = ("-", "--", ":", "-.")
 
 
 def _texts_as_they_are(draw: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
@@ -183,23 +186,39 @@ def by_budget(results: "ResultFile", score: str, path: str) -> None:
 
 
 @_texts_as_they_are
-def time_and_memory(rows: "Sequence[Row]", title: str, path: str, *, memory: bool) -> None:
-    """Plot median seconds of all stages and, if asked for, peak memory by prompt length, a line for each method.
+def time_and_memory(rows: "Sequence[Row]", title: str, path: str, *, memory: str) -> None:
+    """Plot median seconds of all stages and memory by prompt length.
+
+    There is a line for each method and filter attention, which have a colour and a marker, and for each batch size,
+    which has a style of line.
 
     Args:
       title: what was measured, on which device.
-      memory: whether each row's peak is its own.
+      memory: what `Row.memory` is.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9 if memory else 5.5, 4), layout="constrained")
-    values = {"seconds of all stages": lambda row: row.total}
-    if memory:
-        values["peak memory, GB"] = lambda row: row.peak_bytes / 1e9
-    panels = figure.subplots(1, len(values), squeeze=False)[0]
-    for index, name in enumerate(dict.fromkeys(row.method for row in rows)):
-        own = [row for row in rows if row.method == name]
-        style = {"color": _OKABE_ITO[index % len(_OKABE_ITO)], "marker": _MARKERS[index % len(_MARKERS)], "label": name}
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    values = {
+        "seconds of all stages": lambda row: row.median["total_seconds"],
+        f"{memory}, GB": lambda row: row.memory / 1e9,
+    }
+    panels = figure.subplots(1, len(values))
+    tell_attention = bench_tables.attention_matters(rows)
+    batches = list(dict.fromkeys(row.batch for row in rows))
+    colours = list(dict.fromkeys((row.method, row.keep, row.filter_attention) for row in rows))
+    for colour, batch in itertools.product(colours, batches):
+        index, number, (method, keep, attention) = colours.index(colour), batches.index(batch), colour
+        own = [row for row in rows if (row.method, row.keep, row.filter_attention, row.batch) == (*colour, batch)]
+        own.sort(key=lambda row: row.prompt_tokens)
+        style = {
+            "color": _OKABE_ITO[index % len(_OKABE_ITO)],
+            "marker": _MARKERS[index % len(_MARKERS)],
+            "linestyle": _LINES[number % len(_LINES)],
+            "label": result_file.label(method, keep)
+            + (f" {attention}" if tell_attention and attention else "")
+            + (f", batch {batch}" if len(batches) > 1 else ""),
+        }
         for axes, value in zip(panels, values.values(), strict=True):
             axes.plot([row.prompt_tokens for row in own], [value(row) for row in own], **style)
     for axes, label in zip(panels, values, strict=True):

@@ -59,7 +59,7 @@ def test_a_tiny_model_gets_its_page_and_a_second_run_adds_nothing(tmp_path):
     assert "Weights in float32; filter layer " in page
     assert page.count("| paper | 96 |") == 2 + 1 + 1 + 5
     assert re.findall(r"^\| (\d) \| 4 \| 4 \| 0 \| 0\.\d{3} \|$", page, re.MULTILINE) == ["1", "2"]
-    assert re.search(r"snapkv@96 +│ +172 │ +96 ", page)
+    assert re.search(r"snapkv +│ +172 │ +96 ", page)
     for plot in ("needles.png", "longbench.png", "bench.png"):
         assert (made / plot).read_bytes().startswith(b"\x89PNG")
         assert plot in page

@@ -9,7 +9,6 @@ import pytest
 from rich.console import Console
 
 from gemfilter_jax.errors import UserError
-from gemfilter_jax.evals.bench import Row
 from gemfilter_jax.evals.result_file import Line, ResultFile
 from gemfilter_jax.reporting import plots, score_tables, terminal
 
@@ -187,15 +186,6 @@ def test_running_scores_are_lines_where_there_is_no_terminal(monkeypatch, capsys
     ]
 
 
-@pytest.fixture
-def figure(monkeypatch):
-    """Draws a plot and gives its figure; the file is written too."""
-    drawn = []
-    write = plots._write
-    monkeypatch.setattr(plots, "_write", lambda made, path: (drawn.append(made), write(made, path)))
-    return drawn
-
-
 def test_heat_maps(figure, tmp_path):
     plots.heat_maps(RESULTS, "right", str(tmp_path / "map.png"))
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
@@ -229,23 +219,6 @@ def test_a_row_of_panels_for_each_method_and_means_of_examples(figure, tmp_path)
     places = [axes.get_subplotspec() for axes in (default, wider, bm25)]
     assert [(place.rowspan.start, place.colspan.start) for place in places] == [(0, 0), (0, 1), (1, 0)]
     assert "cost$\\foo$" in figure[0].get_suptitle()
-
-
-def test_time_and_memory(figure, tmp_path):
-    rows = [
-        Row(method, length, length, {}, length * slower, None, round(1e9 * slower))
-        for length in (100, 200) for method, slower in (("full", 2.0), ("default@64", 1.0))
-    ]  # fmt: skip
-    plots.time_and_memory(rows, "a $model$", str(tmp_path / "bench.png"), memory=True)
-    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
-    seconds, memory = figure[0].axes
-    assert [list(map(float, one.get_ydata())) for one in seconds.lines] == [[200, 400], [100, 200]]
-    assert [list(map(float, one.get_ydata())) for one in memory.lines] == [[2, 2], [1, 1]]
-    assert [list(map(int, one.get_xdata())) for one in memory.lines] == [[100, 200]] * 2
-    assert (seconds.get_ylabel(), memory.get_ylabel()) == ("seconds of all stages", "peak memory, GB")
-    assert [text.get_text() for text in figure[0].legends[0].get_texts()] == ["full", "default@64"]
-    plots.time_and_memory(rows, "a model", str(tmp_path / "bench.png"), memory=False)
-    assert [axes.get_ylabel() for axes in figure[1].axes] == ["seconds of all stages"]
 
 
 def test_scores_by_budget(figure, tmp_path):

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemfilter_jax import calls
 from gemfilter_jax.buckets import bucket
 from gemfilter_jax.generate.loop import pad
 from gemfilter_jax.models import filter_view
@@ -129,7 +130,7 @@ def scores(
     padded, lengths = pad(sharding.evenly(ids, rows), width)
     suffix_lengths = np.array([prompt.suffix_length for prompt in sharding.evenly(prompts, rows)], np.int32)
     scoring = ScoringPass.of(method, model.config.heads, document=document, suffix_lengths=suffix_lengths, whole=whole)
-    made = score_prompt(model, padded, lengths, jnp.asarray(suffix_lengths), scoring)
+    made = calls.call(score_prompt, model, padded, lengths, jnp.asarray(suffix_lengths), scoring)
     return collectives.to_host(made)[: len(ids)]
 
 
