@@ -448,9 +448,10 @@ def load(
     checkpoint = load_checkpoint(
         source, dtype, weights=weights, filter_layers=filter_layers, mesh=mesh, progress=progress
     )
-    if attention is not None:
-        model = checkpoint.model.replace(attention_implementation=attention)
-        checkpoint = dataclasses.replace(checkpoint, model=model)
+    model = checkpoint.model.replace(attention_implementation=attention)
+    if jax.default_backend() == "gpu":
+        model = model.unstacked()
+    checkpoint = dataclasses.replace(checkpoint, model=model)
     preset = preset or preset_for(checkpoint.model.config)
     return Pipeline(checkpoint, preset, chat_template, message_format)
 
