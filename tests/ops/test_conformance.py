@@ -302,11 +302,18 @@ class Implementation:
       run: the result for a case, and what of the reference it is compared with.
       refused: a reason that it must refuse a case with, None for one that it must serve.
       asked: whether it can be asked for a case at all.
+      rarely: whether the exhaustive tests alone ask it, because other cases or implementations show the same.
     """
 
     run: Callable[[Any], Any]
     refused: Callable[[Any], str | None] = lambda case: None
     asked: Callable[[Any], bool] = lambda case: True
+    rarely: Callable[[Any], bool] = lambda case: False
+
+
+def _needs_own_kernel(case: Attention) -> bool:
+    """On a GPU, since cuDNN refuses it."""
+    return case.dtype == "bfloat16" and (case.pattern is not None or case.soft_cap is not None)
 
 
 def _refused_by_cudnn(case: Attention) -> str | None:
@@ -326,13 +333,20 @@ def _refused_by_pallas(case: Attention) -> str | None:
 
 
 _ATTENTION = {
-    "xla": Implementation(_xla, lambda case: "by slots" if case.pattern and case.windows_by_position else None),
+    "xla": Implementation(
+        _xla,
+        lambda case: "by slots" if case.pattern and case.windows_by_position else None,
+        rarely=_needs_own_kernel,
+    ),
     "splash": Implementation(
         functools.partial(_of_prompt, functools.partial(splash.causal, interpret=_ON != "tpu")),
         lambda case: "by slots" if case.windows_by_position else None,
+        rarely=_needs_own_kernel,
     ),
     "cudnn": Implementation(_cudnn, _refused_by_cudnn),
-    "pallas": Implementation(_pallas, _refused_by_pallas),
+    "pallas": Implementation(
+        _pallas, _refused_by_pallas, rarely=lambda case: case.dtype == "bfloat16" and not _needs_own_kernel(case)
+    ),
     "sharded": Implementation(
         _sharded,
         lambda case: "by slots" if case.windows_by_position else None,
@@ -354,7 +368,9 @@ _ATTENTION = {
 
 def _pairs(implementations: dict[str, Implementation], cases: dict[str, Any]) -> Sequence[Any]:
     return [
-        pytest.param(name, case, id=f"{name}, {case}")
+        pytest.param(
+            name, case, id=f"{name}, {case}", marks=[pytest.mark.exhaustive] if one.rarely(cases[case]) else []
+        )
         for name, one in implementations.items()
         for case in cases
         if one.asked(cases[case])
