@@ -68,9 +68,9 @@ def define_model(values: flags.FlagValues) -> None:
     flags.DEFINE_enum(
         "attention",
         "auto",
-        ["auto", "xla", "splash", "cudnn"],
-        "Implementation of prompt attention: xla on any device, splash on TPU, cudnn on GPU. auto: splash or cudnn "
-        "where they support the model, else xla.",
+        ["auto", "xla", "splash", "cudnn", "pallas"],
+        "Implementation of prompt attention: xla on any device, splash on TPU, cudnn and pallas on GPU. auto: splash, "
+        "or cudnn and then pallas, where they support the call, else xla.",
         flag_values=values,
     )
     flags.DEFINE_string(

@@ -68,6 +68,14 @@ class Dispatcher:
         raise UserError(f"no implementation of {self.operation} serves: {reasons}")
 
 
+def check_compute_capability(least: int) -> None:
+    """Raise NotImplementedError if the traced program's GPU has a lower compute capability; an unknown one passes."""
+    capability = collectives.compute_capability()
+    major = (capability or str(least)).partition(".")[0]
+    if not major.isdecimal() or int(major) < least:
+        raise NotImplementedError(f"needs compute capability {least}.0, and the device has {capability}")
+
+
 @functools.cache
 def log_once(operation: str, chosen: str, refusals: tuple[tuple[str, str], ...]) -> None:
     """Log a choice the first time it is made."""

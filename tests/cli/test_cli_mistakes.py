@@ -24,7 +24,7 @@ def book(tmp_path):
         ("--rule=papper", ("--rule=papper", "default|paper")),
         ("--format=xml", ("--format=xml", "text|json")),
         ("--rul=paper", ("rul", "rule")),
-        ("--attention=flash", ("--attention=flash", "auto|xla|splash|cudnn")),
+        ("--attention=flash", ("--attention=flash", "auto|xla|splash|cudnn|pallas")),
         ("--keep=0", ("--keep=0",)),
         ("--keep=many", ("--keep=many",)),
         ("--filter_layer=-1", ("--filter_layer=-1",)),

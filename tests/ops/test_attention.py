@@ -2,6 +2,7 @@
 
 import functools
 import math
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -14,10 +15,10 @@ import tiny
 from jax.sharding import PartitionSpec
 from model_outputs import hidden_states
 
-from gemfilter_jax import pipeline
+from gemfilter_jax import pallas_kernels, pipeline
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.ops import attention, dispatch
-from gemfilter_jax.ops.attention import TriShape, cudnn, splash
+from gemfilter_jax.ops.attention import TriShape, cudnn, pallas, splash
 from gemfilter_jax.parallel import collectives
 
 _ON = jax.default_backend()
@@ -63,6 +64,8 @@ def _asked(length: int = 8, dtype: str = "bfloat16", head_width: int = 16, *, tr
         (cudnn, _asked(traced=True), "this one is traced"),
         (cudnn, _asked(dtype="float32"), "not float32"),
         (cudnn, _asked(head_width=12), "not 12"),
+        (pallas, _asked(dtype="float32"), "not float32"),
+        (pallas, _asked(head_width=257), "not 257"),
         pytest.param(cudnn, _asked(), "cuDNN", marks=pytest.mark.skipif(_ON == "gpu", reason="cuDNN may be here")),
     ],
 )
@@ -161,6 +164,29 @@ def test_cudnn_asks_the_device_of_the_program_not_the_process(monkeypatch, kind,
             _traced_on(kind, attend)
     else:
         _traced_on(kind, attend)
+
+
+@pytest.mark.skipif(_ON != "cpu", reason="kernels would run on the GPU")
+def test_a_gpu_takes_its_own_kernel_for_what_cudnn_refuses(monkeypatch, caplog):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(pallas, "causal", functools.partial(pallas.causal, interpret=True))
+    dispatch.log_once.cache_clear()
+    lengths = (60, 7)
+    q, k, v = _random(lengths, 4, 2, "bfloat16")
+    pattern = TriShape(jnp.array([5, 2]), first=4, band=16, room=5)
+    with caplog.at_level("DEBUG", logger="absl"):
+        attention.causal(q, k, v, lengths=jnp.asarray(lengths), pattern=pattern)
+    assert caplog.messages[0] == "attention: pallas"
+    assert caplog.messages[1].startswith("attention: not cudnn: gives its log-sum-exp in bfloat16")
+
+
+@pytest.mark.skipif(_ON != "cpu", reason="the kernel would run on the GPU")
+def test_without_triton_the_gpu_kernel_refuses(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gemfilter_jax.pallas_kernels.gpu_attention", None)
+    monkeypatch.delattr(pallas_kernels, "gpu_attention", raising=False)
+    q, k, v = _random((7,), 4, 2, "bfloat16")
+    with pytest.raises(NotImplementedError, match="has no Triton lowering of Pallas"):
+        pallas.causal(q, k, v, lengths=jnp.array([7]), window=None, pattern=None, **_PLAIN)
 
 
 @pytest.mark.skipif(_ON != "cpu", reason="what is named here would serve")

@@ -23,9 +23,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 
 from gemfilter_jax.ops import attention
-from gemfilter_jax.ops.attention import TriShape, cudnn, splash, xla
+from gemfilter_jax.ops.attention import TriShape, cudnn, pallas, splash, xla
 from gemfilter_jax.ops.key_scores import score_keys
-from gemfilter_jax.pallas_kernels import gpu
+from gemfilter_jax.pallas_kernels import gpu, gpu_attention
 from gemfilter_jax.parallel import collectives, shards
 
 _ON = jax.default_backend()
@@ -110,6 +110,7 @@ _ATTENTION_CASES = {
     "bfloat16, window": Attention((301, 129, 1), dtype="bfloat16", window=25),
     "bfloat16, window wider than the prompt": Attention((150, 40), dtype="bfloat16", window=2**30),
     "bfloat16, scale": Attention((150, 40), dtype="bfloat16", scale=0.5),
+    "bfloat16, soft cap and window": Attention((301, 129, 1), dtype="bfloat16", window=60, soft_cap=2.0),
     "window of one": Attention(window=1),
     "window within a block": Attention(window=25),
     "window of a block": Attention(window=128),
@@ -132,6 +133,25 @@ _ATTENTION_CASES = {
     "tri_shape, soft cap and scale": Attention(
         (301, 175), tails=(16, 12), first=16, band=64, room=16, soft_cap=2.0, scale=0.6
     ),
+    "bfloat16, tri_shape": Attention(
+        (301, 175, 8), tails=(16, 12, 8), first=16, band=100, room=16, dtype="bfloat16", heads=6
+    ),
+    "bfloat16, tri_shape, heads of 96": Attention(
+        (301, 40), tails=(9, 0), first=70, band=45, room=16, dtype="bfloat16", width=96
+    ),
+    "bfloat16, tri_shape, window": Attention(
+        (301, 175, 8), tails=(16, 12, 8), first=100, band=60, room=16, window=190, dtype="bfloat16"
+    ),
+    "bfloat16, tri_shape, window within the band": Attention(
+        (301, 175), tails=(16, 12), first=16, band=100, room=16, window=15, dtype="bfloat16"
+    ),
+    "bfloat16, tri_shape, band alone": Attention((301, 175, 8), tails=(0, 0, 0), band=25, dtype="bfloat16"),
+    "bfloat16, tri_shape, long tails, soft cap and scale": Attention(
+        (301, 175, 8), tails=(150, 83, 8), first=5, band=64, room=150, soft_cap=2.0, scale=0.5, dtype="bfloat16"
+    ),
+    "bfloat16, tri_shape, wider than the prompt": Attention(
+        (301, 175), tails=(800, 800), first=800, band=800, room=800, dtype="bfloat16"
+    ),
     "tri_shape, gaps, window": Attention((301,), tails=(16,), first=16, band=64, room=16, window=75, gaps=True),
 }
 
@@ -141,6 +161,8 @@ def small_blocks(monkeypatch):
     """Blocks of 128, so that short prompts have several."""
     for module, name in ((xla, "_BLOCK"), (xla, "_BAND_BLOCK"), (splash, "_BLOCK")):
         monkeypatch.setattr(module, name, 128)
+    monkeypatch.setattr(gpu_attention, "_QUERIES", 64)
+    monkeypatch.setattr(gpu_attention, "_KEYS", 32)
 
 
 def _asked(case: Attention, positions: np.ndarray) -> dict[str, Any]:
@@ -183,6 +205,14 @@ def _cudnn(case: Attention) -> tuple[jax.Array, np.ndarray]:
         if _ON != "gpu":
             patch.setattr(jax.nn, "dot_product_attention", by_xla)
         return _of_prompt(cudnn.causal, case)
+
+
+def _pallas(case: Attention) -> tuple[jax.Array, np.ndarray]:
+    """With a window that is traced; interpreted where there is no GPU."""
+    q, k, v, positions = case.inputs()
+    asked = _asked(case, positions) | {"scale": case.width**-0.5 if case.scale is None else case.scale}
+    attend = functools.partial(pallas.causal, **asked, interpret=_ON != "gpu")
+    return jax.jit(lambda q, k, v, window: attend(q, k, v, window=window))(q, k, v, case.window), _all_slots(case)
 
 
 def _sharded(case: Attention) -> tuple[jax.Array, np.ndarray]:
@@ -272,11 +302,18 @@ class Implementation:
       run: the result for a case, and what of the reference it is compared with.
       refused: a reason that it must refuse a case with, None for one that it must serve.
       asked: whether it can be asked for a case at all.
+      rarely: whether the exhaustive tests alone ask it, because other cases or implementations show the same.
     """
 
     run: Callable[[Any], Any]
     refused: Callable[[Any], str | None] = lambda case: None
     asked: Callable[[Any], bool] = lambda case: True
+    rarely: Callable[[Any], bool] = lambda case: False
+
+
+def _needs_own_kernel(case: Attention) -> bool:
+    """On a GPU, since cuDNN refuses it."""
+    return case.dtype == "bfloat16" and (case.pattern is not None or case.soft_cap is not None)
 
 
 def _refused_by_cudnn(case: Attention) -> str | None:
@@ -289,13 +326,27 @@ def _refused_by_cudnn(case: Attention) -> str | None:
     return "not float32" if case.dtype == "float32" else None
 
 
+def _refused_by_pallas(case: Attention) -> str | None:
+    if case.windows_by_position:
+        return "by slots"
+    return "not float32" if case.dtype == "float32" else None
+
+
 _ATTENTION = {
-    "xla": Implementation(_xla, lambda case: "by slots" if case.pattern and case.windows_by_position else None),
+    "xla": Implementation(
+        _xla,
+        lambda case: "by slots" if case.pattern and case.windows_by_position else None,
+        rarely=_needs_own_kernel,
+    ),
     "splash": Implementation(
         functools.partial(_of_prompt, functools.partial(splash.causal, interpret=_ON != "tpu")),
         lambda case: "by slots" if case.windows_by_position else None,
+        rarely=_needs_own_kernel,
     ),
     "cudnn": Implementation(_cudnn, _refused_by_cudnn),
+    "pallas": Implementation(
+        _pallas, _refused_by_pallas, rarely=lambda case: case.dtype == "bfloat16" and not _needs_own_kernel(case)
+    ),
     "sharded": Implementation(
         _sharded,
         lambda case: "by slots" if case.windows_by_position else None,
@@ -317,7 +368,9 @@ _ATTENTION = {
 
 def _pairs(implementations: dict[str, Implementation], cases: dict[str, Any]) -> Sequence[Any]:
     return [
-        pytest.param(name, case, id=f"{name}, {case}")
+        pytest.param(
+            name, case, id=f"{name}, {case}", marks=[pytest.mark.exhaustive] if one.rarely(cases[case]) else []
+        )
         for name, one in implementations.items()
         for case in cases
         if one.asked(cases[case])

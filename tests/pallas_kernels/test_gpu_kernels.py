@@ -6,12 +6,12 @@ import re
 from types import SimpleNamespace
 
 import bounds
+import gpu_compiler
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from float64_scores import inputs, reference
-from jax.experimental import topologies
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import PartitionSpec
 from real_shapes import HEADS, LENGTH, ROWS
@@ -21,16 +21,6 @@ from gemfilter_jax.ops.key_scores import score_keys
 from gemfilter_jax.pallas_kernels import gpu
 from gemfilter_jax.parallel import collectives
 
-_HOPPER = """
-    platform_name: "CUDA" device_description_str: "NVIDIA H100" dnn_version_info { major: 9 minor: 8 }
-    gpu_device_info {
-        cuda_compute_capability { major: 9 } core_count: 132 fpus_per_core: 128 threads_per_warp: 32
-        threads_per_block_limit: 1024 threads_per_core_limit: 2048
-        registers_per_block_limit: 65536 registers_per_core_limit: 65536
-        shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
-        block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-    }
-"""
 _interpreted = pytest.mark.skipif(
     not hasattr(plgpu, "force_gpu_interpret_mode"), reason=f"JAX {jax.__version__} has no Mosaic GPU interpreter"
 )
@@ -105,15 +95,10 @@ def test_variants_are_lowered(options):
 @pytest.mark.parametrize("model", HEADS)
 def test_compiled_for_an_h100_without_a_copy_of_the_keys(model):
     """Temporaries are a 25th of a float32 [H, W, S] array: scores of each key head, before they are summed."""
-    try:
-        topology = topologies.get_topology_desc("", "cuda", target_config=_HOPPER, topology="1x1x1")
-    except NotImplementedError:
-        pytest.skip("JAX's CUDA plugin is not installed (pip install jax[cuda13]); it compiles on any Linux machine")
-    heads, groups, width = HEADS[model]
-    chip = jax.sharding.SingleDeviceSharding(topology.devices[0])
-    shapes = _shapes(heads, (1, LENGTH, groups, width), sharding=chip)
-    memory = _jitted.lower(*shapes, from_sink=False).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < heads * ROWS * LENGTH * 4 / 25
+    heads, _, _ = HEADS[model]
+    program = gpu_compiler.compiled(__file__, "sm_90")[model]
+    assert program["kernels"] == 2
+    assert program["temporaries"] < heads * ROWS * LENGTH * 4 / 25
 
 
 def _lowered(heads: int, keys, *, from_sink: bool, window: int | None = None, **options) -> str:
@@ -178,3 +163,17 @@ def test_the_door_takes_xla_on_gpus_unless_the_kernel_is_asked_for(monkeypatch):
     np.testing.assert_allclose(scores[0], want, rtol=_bound(q[0], k[0]))
     with pytest.raises(UserError, match=r"pallas: .*both must be bfloat16 or both float16"):
         score_keys(q, rows, k, head_weights=weights, normalisation="softmax", implementation="pallas")
+
+
+def _programs() -> gpu_compiler.Programs:
+    for model, (heads, groups, width) in HEADS.items():
+        keys = (1, LENGTH, groups, width)
+
+        def lowered(gpu, heads=heads, keys=keys):
+            return _jitted.lower(*_shapes(heads, keys, sharding=gpu), from_sink=False)
+
+        yield model, lowered
+
+
+if __name__ == "__main__":
+    gpu_compiler.main(_programs())

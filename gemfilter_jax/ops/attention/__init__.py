@@ -11,10 +11,10 @@ from gemfilter_jax.parallel import collectives
 
 __all__ = ["IMPLEMENTATIONS", "TriShape", "causal", "check_runs_here", "rows", "to_cache"]
 
-IMPLEMENTATIONS = {"xla": None, "splash": "tpu", "cudnn": "gpu"}
+IMPLEMENTATIONS = {"xla": None, "splash": "tpu", "cudnn": "gpu", "pallas": "gpu"}
 """Implementation (a module of this package) -> the only platform that runs it; None for all platforms."""
 
-_DISPATCHER = Dispatcher("attention", IMPLEMENTATIONS, {"tpu": ("splash", "xla"), "gpu": ("cudnn", "xla")})
+_DISPATCHER = Dispatcher("attention", IMPLEMENTATIONS, {"tpu": ("splash", "xla"), "gpu": ("cudnn", "pallas", "xla")})
 
 check_runs_here = _DISPATCHER.check_runs_here
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from gemfilter_jax.ops.attention.visibility import TriShape, refuse_positions, static_window
-from gemfilter_jax.parallel import collectives
+from gemfilter_jax.ops.dispatch import check_compute_capability
 
 
 def causal(
@@ -34,10 +34,7 @@ def causal(
         raise NotImplementedError(f"takes bfloat16 and float16, not {q.dtype}")
     if q.shape[-1] % 8 or q.shape[-1] > 256:
         raise NotImplementedError(f"takes head widths that are multiples of 8 up to 256, not {q.shape[-1]}")
-    capability = collectives.compute_capability()
-    major = (capability or "8").partition(".")[0]
-    if not major.isdecimal() or int(major) < 8:
-        raise NotImplementedError(f"needs compute capability 8.0, and the device has {capability}")
+    check_compute_capability(8)
     lengths = lengths.astype(jnp.int32)
     before = None if window is None else static_window(window, q.shape[1]) - 1
     try:
