@@ -61,14 +61,14 @@ class Runs:
 
     def run(self, *, method: str) -> dict[str, Any]:
         """Answer the prompt once."""
-        started = time.perf_counter()
+        chosen, started = self._method(method), time.perf_counter()
         result = self._model.generate(
-            self._case.text, self._case.question, method=self._method(method), max_new_tokens=self._new_tokens
+            self._case.text, self._case.question, method=chosen, max_new_tokens=self._new_tokens
         )
         total, seconds = time.perf_counter() - started, dict(result.timings)
-        compiling = seconds.pop(COMPILE)
+        seconds["total"] = total - seconds.pop(COMPILE)
         kept = result.selection.indices
-        answer = {"seconds": seconds | {"total": total - compiling}, "tokens": result.tokens, "held": len(kept)}
+        answer = {"seconds": seconds, "tokens": result.tokens, "held": len(kept), "settings": chosen.fields}
         return answer | ({"kept": kept} if method == "paper" else {})
 
     warm_up = run

@@ -3,6 +3,7 @@
 python benchmarks/peers/page.py RESULT.json > RESULT.md
 """
 
+import itertools
 import json
 import pathlib
 import statistics
@@ -84,22 +85,17 @@ def _agreement(result: Mapping[str, Any], measured: Sequence[Mapping[str, Any]])
     ]
 
 
-def _settings(measured: Sequence[Mapping[str, Any]]) -> list[str]:
-    lines: list[str] = []
-    for peer in measured:
-        if "tried" not in peer:
-            continue
-        tried = [
-            [*(str(value) for name, value in one.items() if name != "seconds"), f"{one['seconds']['total']:.2f}"]
-            for one in peer["tried"]
-        ]
-        columns = [name for name in peer["tried"][0] if name != "seconds"]
-        lines += [
-            f"{peer['program']}, {peer['method']}: the fastest of these in a run each, "
-            f"{', '.join(f'{name} {value}' for name, value in peer['settings'].items())}:",
-            _table([*columns, "total, s"], tried),
-        ]
-    return lines
+def _settings(peer: Mapping[str, Any]) -> list[str]:
+    """One paragraph or two of a program whose settings are known; none of others."""
+    chosen = ", ".join(f"{name} {value}" for name, value in peer.get("settings", {}).items() if value is not None)
+    if not chosen:
+        return []
+    told = f"{peer['program']}, {peer['method']}: {chosen}."
+    if "tried" not in peer:
+        return [told]
+    columns = [name for name in peer["tried"][0] if name != "seconds"]
+    rows = [[*(str(one[name]) for name in columns), f"{one['seconds']['total']:.2f}"] for one in peer["tried"]]
+    return [f"{told} That was the fastest in one run of each:", _table([*columns, "total, s"], rows)]
 
 
 def markdown(result: Mapping[str, Any]) -> str:
@@ -119,19 +115,21 @@ def markdown(result: Mapping[str, Any]) -> str:
         "## Seconds",
         "The filter chooses tokens, prefill ends with the first new token, decode makes the others. The ratios are of "
         "medians of totals: above 1, the row took longer than this project. Disturbed: the largest share of the "
-        "machine's processors that other processes took during a run.",
+        "machine's processors that other processes took during a run. This project's totals alone include turning the "
+        "text into tokens and back; the others are given tokens.",
         _times(whole),
         "## Decoding",
-        "The prompt of the row of kept tokens is those alone that the paper's algorithm keeps here.",
+        "Kept tokens: the program read nothing but the tokens that the paper's algorithm keeps here.",
         _decoding(result, measured),
         "## Checks",
         *_agreement(result, measured),
         _table([*_NAME, "answer"], answers),
     ]
     if missing:
-        parts += ["## Not measured", *(f"- {', '.join(_name(peer))}: {peer['not_measured']}" for peer in missing)]
+        reasons = [f"- {', '.join(_name(peer))}: {peer['not_measured']}" for peer in missing]
+        parts += ["## Not measured", "\n".join(reasons)]
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    parts += ["## Settings and versions", *_settings(measured), f"{versions}."]
+    parts += ["## Settings and versions", *itertools.chain.from_iterable(map(_settings, measured)), f"{versions}."]
     return "\n\n".join(parts) + "\n"
 
 

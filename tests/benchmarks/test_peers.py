@@ -212,7 +212,9 @@ def test_the_page_has_decoding_speeds_checks_and_what_is_missing(modules):
     assert "PyTorch, float32, keeps by the paper's algorithm 63 of the 64 tokens" in text
     assert "| `it is 'so'` |" in text
     assert "- PyTorch, SnapKV, float32: no module torch" in text
-    assert _rows(text.split("## Settings")[1])[2:] == [["512", "1.50"], ["2048", "2.50"]]
+    settings = text.split("## Settings")[1]
+    assert "llama.cpp, kept tokens: batchSize 512." in settings
+    assert _rows(settings)[2:] == [["512", "1.50"], ["2048", "2.50"]]
 
 
 def test_the_page_stands_without_other_programs_and_of_one_round(modules):
