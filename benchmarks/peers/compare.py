@@ -12,7 +12,7 @@ tokens by default. What cannot be run here is in both files with the reason.
                  @node-llama-cpp/linux-x64 (85 MB, see BUILD.md): --llama_folder=PATH, with node in the search path.
                  Nothing is downloaded or built here. Of four settings the fastest serves.
 
-The whole prompt is some 70 tokens longer than --tokens. It needs about 5 GB of memory at 7,900 tokens, and Linux.
+The whole prompt is some 70 tokens longer than --tokens. It needs about 6 GB of memory at 7,900 tokens, and Linux.
 """
 
 import argparse
