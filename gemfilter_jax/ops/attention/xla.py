@@ -321,6 +321,9 @@ def to_cache(
 ) -> jax.Array:
     """Attention of one new token per row to a KV cache, whose slots may hold any positions in any order.
 
+    A query is multiplied with the keys of all heads, zeros in place of the others: so the cache is read as it lies, in
+    two products, while a product for each head would copy it first.
+
     Args:
       q: [B, 1, H, E]. positions: int [B], the new tokens' positions. k, v: [B, C, G, E], the new tokens' included.
       key_positions: int [B, C], or [B, G, C] if key heads hold different tokens; -1 for an empty slot.
@@ -330,18 +333,21 @@ def to_cache(
       [B, 1, H, E] in q's dtype; rows that see no key are unspecified but finite.
     """
     with jax.named_scope("attention"):
-        precision = precision_of(q)
+        groups = k.shape[2]
+        products = functools.partial(jnp.einsum, precision=precision_of(q), preferred_element_type=jnp.float32)
+        own = jnp.eye(groups, dtype=q.dtype)[:, None, :, None]  # [G, 1, G, 1]
         queries = scaled(q[:, 0], q.shape[-1] ** -0.5 if scale is None else scale)
-        queries = rearrange(queries, "b (g r) e -> b g r e", g=k.shape[2])
-        logits = jnp.einsum("bgre,bcge->bgrc", queries, k, precision=precision, preferred_element_type=jnp.float32)
+        queries = rearrange(queries, "b (g r) e -> b g r 1 e", g=groups) * own
+        k, v = (rearrange(x, "b c g e -> b c (g e)") for x in (k, v))
+        logits = products("bhd,bcd->bhc", rearrange(queries, "b g r h e -> b (g r) (h e)"), k)
+        logits = rearrange(logits, "b (g r) c -> b g r c", g=groups)
         key_positions = key_positions[:, None] if key_positions.ndim == 2 else key_positions
         distance = positions[:, None, None] - key_positions
         visible = (key_positions >= 0) & (distance >= 0)
         if window is not None:
             visible &= distance < window
         masked = jnp.where(visible[:, :, None], _capped(logits, soft_cap), _MASKED)
-        weights = jax.nn.softmax(masked, axis=-1)
-        out = jnp.einsum(
-            "bgrc,bcge->bgre", weights.astype(v.dtype), v, precision=precision, preferred_element_type=jnp.float32
-        )
+        weights = rearrange(jax.nn.softmax(masked, axis=-1), "b g r c -> b (g r) c")
+        out = products("bhc,bcd->bhd", weights.astype(v.dtype), v)
+        out = (rearrange(out, "b (g r) (h e) -> b g r h e", g=groups, h=groups) * own).sum(axis=3)
         return rearrange(out, "b g r e -> b 1 (g r) e").astype(q.dtype)
