@@ -183,20 +183,22 @@ class DecoderLayer(nnx.Module):
         """Residual stream x [B, S, D] -> rotated queries [B, S, H, E] and keys [B, S, G, E], and values [B, S, G, E].
 
         Args:
-          rows: number of leading rows that are real, may be traced; blocks after them are skipped.
+          rows: number of leading rows that are real, may be traced; blocks after them stay zero.
         """
 
-        def project(x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        def project(_: Any, x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
             normed, table = self.attention_norm(x), (cos, sin)
             return self.queries(normed, table), self.keys(normed, table), self.values(normed)
 
-        return _in_blocks(project, rows, x, *table)
+        made = jax.eval_shape(project, None, x, *table)
+        zeros = jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), made)
+        return _in_blocks(project, rows, zeros, x, *table)
 
     def close(self, x: jax.Array, attended: jax.Array, rows: jax.typing.ArrayLike) -> jax.Array:
         """Residual stream x [B, S, D] and attention's result [B, S, H, E] -> the next layer's x.
 
         Args:
-          rows: number of leading rows that are real, may be traced; blocks after them are skipped.
+          rows: number of leading rows that are real, may be traced; blocks after them stay as they are.
         """
 
         def finish(x: jax.Array, attended: jax.Array) -> jax.Array:
@@ -214,30 +216,29 @@ class DecoderLayer(nnx.Module):
         return x.reshape(*x.shape[:2], -1, self.head_width)
 
 
-def _in_blocks(fn: Callable[..., _Result], rows: jax.typing.ArrayLike, *xs: jax.Array) -> _Result:
-    """fn over blocks of the second axis of all xs, one at a time; zeros for blocks from `rows` on.
+def _in_blocks(fn: Callable[..., _Result], rows: jax.typing.ArrayLike, into: _Result, *xs: jax.Array) -> _Result:
+    """`into` with its rows replaced by fn of them, a block at a time; blocks from `rows` on stay as they are.
+
+    XLA updates `into` in place if nothing else reads it.
 
     Args:
-      fn: takes a block of each x and returns arrays with the same second axis.
+      fn: takes the same rows of `into` and of each x, and returns those of the result.
+      into, xs: arrays whose second axis is rows.
     """
-    length = max(x.shape[1] for x in xs)
+    length = xs[0].shape[1]
     if length <= _BLOCK:
-        return fn(*xs)
+        return fn(into, *xs)
 
-    def cut(x: jax.Array) -> jax.Array:
-        padded = jnp.pad(x, ((0, 0), (0, -length % _BLOCK), *((0, 0),) * (x.ndim - 2)))
-        return padded.reshape(x.shape[0], -1, _BLOCK, *x.shape[2:]).swapaxes(0, 1)
+    def replace_block(index: jax.Array, into: _Result) -> _Result:
+        start = jnp.minimum(index * _BLOCK, length - _BLOCK)
+        block = [jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, _BLOCK, 1), one) for one in (into, *xs)]
+        made = fn(*block)
+        if length % _BLOCK:  # the last block overlaps the one before, whose rows are replaced already
+            new = start + jnp.arange(_BLOCK) >= index * _BLOCK
+            made = jax.tree.map(
+                lambda made, held: jnp.where(new.reshape(-1, *(1,) * (made.ndim - 2)), made, held), made, block[0]
+            )
+        return jax.tree.map(lambda x, made: jax.lax.dynamic_update_slice_in_dim(x, made, start, 1), into, made)
 
-    def joined(blocks: jax.Array) -> jax.Array:
-        whole = blocks.swapaxes(0, 1)
-        return whole.reshape(whole.shape[0], -1, *whole.shape[3:])[:, :length]
-
-    def padding(*block: jax.Array) -> _Result:
-        return jax.tree.map(lambda made: jnp.zeros(made.shape, made.dtype), jax.eval_shape(fn, *block))
-
-    def unless_padding(numbered):
-        index, *block = numbered
-        return jax.lax.cond(index * _BLOCK < rows, fn, padding, *block)
-
-    cuts = [cut(x) for x in xs]
-    return jax.tree.map(joined, jax.lax.map(unless_padding, (jnp.arange(len(cuts[0])), *cuts)))
+    blocks = -(-jnp.minimum(rows, length) // _BLOCK)
+    return jax.lax.fori_loop(0, blocks, replace_block, into)
