@@ -233,7 +233,7 @@ class Pipeline:
         if method.eviction is not None:
             loop.check_eviction(model.config, map(len, prompts), max_new_tokens)
         width = bucket(longest)
-        parts = sharding.shape_of(model.mesh).rows
+        parts = sharding.shape_of(model.mesh).generating(model.config).data
         rows = sharding.evenly(list(zip(prompts, kept, strict=True)), parts)
         ids, lengths = loop.pad([prompt.ids[one.indices] for prompt, one in rows], width)
         positions = jnp.arange(width, dtype=jnp.int32)[None].repeat(len(rows), axis=0)

@@ -81,7 +81,7 @@ def _document(model: Pipeline, cache: str) -> list[dict]:
 def main(folder: str, *meshes: str) -> None:
     """Print {mesh: {what: result}}; "one" is a single device, other meshes may be {"refused": why}.
 
-    Answers are asked for once of the shapes that stage 2 does not tell apart; see `sharding.without_seq`.
+    Answers are asked for once of the shapes that are one shape in stage 2; see `MeshShape.generating`.
 
     Args:
       folder: of the model. meshes: as in "seq:8"; none for every one that 8 and 4 devices make.
@@ -98,7 +98,7 @@ def main(folder: str, *meshes: str) -> None:
             continue
         model = _pipeline(one, shape)
         made = found[str(shape) if shape else "one"] = {name: _kept(model, _METHODS[name]) for name in _METHODS}
-        alike = shape and (shape.rows, shape.model)
+        alike = shape and shape.generating(one.config)
         if alike not in answered:
             made["answers"] = _answers(model, _METHODS["tri_shape"], 230)
             answered.add(alike)

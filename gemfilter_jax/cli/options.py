@@ -76,7 +76,8 @@ def define_model(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "mesh",
         "auto",
-        "Device mesh, as data:N,seq:N,model:N: shards of the batch, of long prompts, and of the model's heads and MLP. "
+        "Device mesh, as data:N,seq:N,model:N: shards of the batch, of long prompts, and of the model's heads and MLP, "
+        "which seq shards too while an answer is generated. "
         "auto: all devices, the fewest of them for the model that can hold it.",
         flag_values=values,
     )

@@ -1,7 +1,7 @@
 """Generation as jitted programs: a prefill of the kept tokens, then decode steps.
 
-On a mesh, the data and seq axes together shard the batch. Its size must be a multiple of their product; see
-`sharding.evenly`.
+On a mesh, the seq axis joins the model axis, see `MeshShape.generating`. The batch size must be a multiple of the data
+axis of that shape; see `sharding.evenly`.
 
 Axes: B batch, K bucket of kept tokens, T bucket of new tokens, V vocabulary. Sizes are buckets and static; lengths,
 temperature, seeds and limits are traced.
@@ -131,7 +131,7 @@ def prefill(
 
     batch = sharding.spec("batch")
     specs = _decode_state_specs(of_heads=eviction is not None)
-    run = sharding.on_devices(model, filled, (batch, batch, batch, batch, None, None, None), specs)
+    run = sharding.on_devices(model, filled, (batch, batch, batch, batch, None, None, None), specs, seq="model")
     return run(ids, lengths, positions, seeds, stop_tokens, sampling, jnp.asarray(limit, jnp.int32))
 
 
@@ -214,7 +214,7 @@ def _sequence(state: DecodeState) -> tuple[jax.Array, jax.Array, jax.Array]:
 def decode_step(model: Decoder, state: DecodeState) -> DecodeState:
     """Generate one more token for each running row; streaming calls this from the host. The given state is donated."""
     specs = _decode_state_specs(of_heads=state.cache.of_heads)
-    return sharding.on_devices(model, _step, (specs,), specs)(state)
+    return sharding.on_devices(model, _step, (specs,), specs, seq="model")(state)
 
 
 @functools.partial(jax.jit, donate_argnames=("state",))
@@ -226,4 +226,4 @@ def decode(model: Decoder, state: DecodeState) -> DecodeState:
         return jax.lax.while_loop(lambda state: collectives.any_row(state.running), step, state)
 
     specs = _decode_state_specs(of_heads=state.cache.of_heads)
-    return sharding.on_devices(model, stepped, (specs,), specs)(state)
+    return sharding.on_devices(model, stepped, (specs,), specs, seq="model")(state)

@@ -24,7 +24,7 @@ from gemfilter_jax.models.layer import ACTIVATIONS, DecoderLayer, Linear, RMSNor
 from gemfilter_jax.models.rope import rotary_table
 from gemfilter_jax.ops import attention
 from gemfilter_jax.ops.attention import TriShape
-from gemfilter_jax.parallel import collectives, shards
+from gemfilter_jax.parallel import collectives, sharding, shards
 from gemfilter_jax.precision import precision_of
 
 _ALL = 2**30  # the window of a layer without a sliding window: wider than any prompt
@@ -45,8 +45,8 @@ class Decoder(nnx.Module):
 
     Attributes:
       attention_implementation: for attention over prompts, see `attention.causal`; static.
-      mesh: the devices that hold the weights, sharded by `sharding.RULES`; None for one device; static. The methods run
-        on whole weights, or inside `collectives.shard_map` on one device's shard of them.
+      mesh: the devices that hold the weights, sharded by `sharding.partition`; None for one device; static. The methods
+        run on whole weights, or inside `sharding.on_devices` on one device's shard of them.
 
     Args:
       dtype: of weights and activations.
@@ -104,7 +104,7 @@ class Decoder(nnx.Module):
             layer = self.layers[index]
         else:
             layer = jax.lax.switch(index, [functools.partial(lambda one: one, one) for one in self.layers])
-        layer = layer.with_own_key_head(self.config.kv_heads)
+        layer = sharding.gathered(layer, self.config).with_own_key_head(self.config.kv_heads)
         return layer.in_int8() if self.int8_products else layer
 
     def replace(
@@ -216,7 +216,7 @@ class Decoder(nnx.Module):
 
     def embed(self, ids: jax.Array) -> jax.Array:
         """[...] -> [..., D]."""
-        table = self.embedding[...]
+        table = sharding.gathered(self.embedding, self.config)[...]
         if len(table) == self.config.vocab:
             return table[ids]
         own = ids - collectives.axis_index("model") * len(table)

@@ -1,9 +1,11 @@
 """Collectives over mesh axes, under JAX's names. They do nothing along an axis that the program does not shard.
 
 Programs run on a mesh inside one `jax.shard_map` that is manual over all axes. Each device runs the single-device code
-on its shard, and that code calls the collectives explicitly.
+on its shard, and that code calls the collectives explicitly. Where the seq axis shards the batch, it is named "rows",
+and the axis "data" means both; see `sharding.on_devices`.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -41,15 +43,22 @@ def compute_capability() -> str | None:
     return getattr(next(alike, None), "compute_capability", None)
 
 
+def _names(axis: str) -> tuple[str, ...]:
+    """The axes of the traced program's mesh that an axis means."""
+    meant = ("rows", "data") if axis == "data" else (axis,)
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    return tuple(name for name in meant if name in manual)
+
+
 def axis_size(axis: str) -> int:
     """Size of a mesh axis in the traced program; 1 if the program does not shard along it."""
     mesh = jax.sharding.get_abstract_mesh()
-    return mesh.shape[axis] if axis in mesh.manual_axes else 1
+    return math.prod(mesh.shape[name] for name in _names(axis))
 
 
 def axis_index(axis: str) -> jax.Array | int:
     """This device's index along a mesh axis."""
-    return jax.lax.axis_index(axis) if axis_size(axis) > 1 else 0
+    return jax.lax.axis_index(_names(axis)) if axis_size(axis) > 1 else 0
 
 
 def own_shard(x: jax.Array, axis: str, dimension: int) -> jax.Array:
@@ -60,17 +69,17 @@ def own_shard(x: jax.Array, axis: str, dimension: int) -> jax.Array:
 
 def psum(x: jax.Array, axis: str) -> jax.Array:
     """The sum over a mesh axis."""
-    return jax.lax.psum(x, axis) if axis_size(axis) > 1 else x
+    return jax.lax.psum(x, _names(axis)) if axis_size(axis) > 1 else x
 
 
 def pmax(x: jax.Array, axis: str) -> jax.Array:
     """The largest value along a mesh axis."""
-    return jax.lax.pmax(x, axis) if axis_size(axis) > 1 else x
+    return jax.lax.pmax(x, _names(axis)) if axis_size(axis) > 1 else x
 
 
 def all_gather(x: jax.Array, axis: str, dimension: int) -> jax.Array:
     """All shards along a mesh axis, concatenated."""
-    return jax.lax.all_gather(x, axis, axis=dimension, tiled=True) if axis_size(axis) > 1 else x
+    return jax.lax.all_gather(x, _names(axis), axis=dimension, tiled=True) if axis_size(axis) > 1 else x
 
 
 def to_host(tree: Any) -> Any:

@@ -1,6 +1,9 @@
 """The device mesh, and how weights and activations are sharded over it.
 
 Mesh axes: "data" shards batches, "seq" shards the prompts of stage 1, and "model" shards heads, MLP and vocabulary.
+Weights lie sharded over model and seq together. Stage 2 computes on these shards: the seq axis joins the model axis.
+Stage 1 gathers a layer's weights over the seq axis when it runs the layer.
+
 Programs run on a mesh inside one `jax.shard_map` that is manual over all axes. Each device runs the single-device code
 on its shard, and that code calls the functions of `collectives`, which do nothing along an unsharded axis.
 """
@@ -8,7 +11,7 @@ on its shard, and that code calls the functions of `collectives`, which do nothi
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 from flax import nnx
@@ -19,6 +22,7 @@ from gemfilter_jax.errors import UserError
 from gemfilter_jax.parallel import collectives
 
 AXES = ("data", "seq", "model")
+_ORDER = ("model", "seq", "data")  # of a mesh's devices, in which the seq axis can join either of the others
 
 RULES = {
     "batch": "data",
@@ -68,8 +72,13 @@ class MeshShape:
 
     @property
     def rows(self) -> int:
-        """The number of batch shards in programs that do not shard sequences."""
+        """The number of batch shards in programs of stage 1 that do not shard sequences."""
         return self.data * self.seq
+
+    def generating(self, config: ModelConfig) -> "MeshShape":
+        """The shape in stage 2: the seq axis joins the model axis, or the data axis if the model has too few heads."""
+        parts = self.seq * self.model
+        return MeshShape(self.rows, 1, self.model) if _in_the_way(config, parts) else MeshShape(self.data, 1, parts)
 
     def __str__(self) -> str:
         return ",".join(f"{axis}:{getattr(self, axis)}" for axis in AXES)
@@ -77,7 +86,9 @@ class MeshShape:
 
 def shape_of(mesh: Mesh | None) -> MeshShape:
     """The shape of a mesh; None means one device."""
-    return MeshShape() if mesh is None else MeshShape(**mesh.shape)
+    if mesh is None:
+        return MeshShape()
+    return MeshShape(**{"seq" if name == "rows" else name: size for name, size in mesh.shape.items()})
 
 
 def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
@@ -90,8 +101,8 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
     if shape.size > len(present):
         raise UserError(f"mesh {shape} takes {shape.size} devices; there are {len(present)}")
     automatic = (jax.sharding.AxisType.Auto,) * len(AXES)
-    sizes = (shape.data, shape.seq, shape.model)
-    return jax.make_mesh(sizes, AXES, automatic, devices=present[: shape.size])
+    mesh = jax.make_mesh((shape.data, shape.seq, shape.model), AXES, automatic, devices=present[: shape.size])
+    return Mesh(mesh.devices.transpose(), _ORDER, axis_types=automatic)
 
 
 def check(config: ModelConfig, shape: MeshShape) -> None:
@@ -130,14 +141,8 @@ def automatic_shape(
       many_prompts: put the rest on the data axis instead of the seq axis.
     """
     possible = shapes(config, devices, many_prompts=many_prompts)
-    roomy = [shape for shape in possible if memory is None or weights / shape.model <= memory / 2]
+    roomy = [shape for shape in possible if memory is None or weights / shape.generating(config).model <= memory / 2]
     return roomy[0] if roomy else possible[-1]
-
-
-def without_seq(mesh: Mesh) -> Mesh:
-    """The same devices with the seq axis merged into the data axis, for programs that do not shard sequences."""
-    shape = shape_of(mesh)
-    return Mesh(mesh.devices.reshape(shape.data * shape.seq, 1, shape.model), AXES)
 
 
 def evenly(rows: Sequence[_Row], parts: int) -> list[_Row]:
@@ -150,13 +155,20 @@ def spec(*axes: str | None) -> Any:
     return PartitionSpec(*(axis and RULES[axis] for axis in axes))
 
 
+def _parts(config: ModelConfig, shape: MeshShape, axis: str) -> int:
+    """The number of shards of a parameter's logical axis; 1 if it is replicated."""
+    units = {"vocab": config.vocab, "heads": config.heads, "kv_heads": config.kv_heads, "mlp": config.mlp_width}
+    parts = shape.generating(config).model
+    return parts if axis in units and units[axis] % parts == 0 else 1
+
+
 def partition(axes: tuple[str, ...], dimensions: int, config: ModelConfig, mesh: Mesh) -> PartitionSpec:
     """Layout of a parameter with logical `axes`, stacked or not; axes that do not divide evenly are replicated."""
-    units = {"vocab": config.vocab, "heads": config.heads, "kv_heads": config.kv_heads, "mlp": config.mlp_width}
+    shape = shape_of(mesh)
+    holding = ("model",) if shape.generating(config).model == shape.model else mesh.axis_names[:2]
 
-    def onto(axis: str) -> str | None:
-        name = RULES[axis]
-        return name if name in mesh.axis_names and units[axis] % mesh.shape[name] == 0 else None
+    def onto(axis: str) -> tuple[str, ...] | None:
+        return None if _parts(config, shape, axis) == 1 else holding
 
     return PartitionSpec(*(None,) * (dimensions - len(axes)), *map(onto, axes))
 
@@ -172,24 +184,67 @@ def specs(model: Any, mesh: Mesh) -> Any:
     return jax.tree.map(of, model, is_leaf=lambda node: isinstance(node, nnx.Param))
 
 
+Role = Literal["sequences", "rows", "model"]
+"""What the seq axis shards in a program: sequences, the batch together with the data axis, or the model."""
+
+
 def on_devices(
-    model: Any,
-    fn: Callable[..., Any],
-    in_specs: tuple[Any, ...],
-    out_specs: Any,
-    *,
-    cuts_sequences: bool = False,
+    model: Any, fn: Callable[..., Any], in_specs: tuple[Any, ...], out_specs: Any, *, seq: Role
 ) -> Callable[..., Any]:
     """Bind the decoder in fn(model, ...); the result runs on the decoder's mesh if it has one.
 
     Args:
       in_specs, out_specs: `PartitionSpec`s; one can cover a whole subtree. None in `in_specs` replicates an argument.
-      cuts_sequences: whether the seq axis shards sequences; otherwise it is merged into the data axis.
+      seq: what the seq axis shards.
     """
     if model.mesh is None:
         return functools.partial(fn, model)
-    mesh = model.mesh if cuts_sequences else without_seq(model.mesh)
+    mesh, types = model.mesh, model.mesh.axis_types
+    if seq == "model":
+        shape = shape_of(mesh).generating(model.config)
+        mesh = Mesh(mesh.devices.reshape(shape.model, 1, shape.data), _ORDER, axis_types=types)
+    elif seq == "rows":
+        mesh = Mesh(mesh.devices, tuple("rows" if name == "seq" else name for name in _ORDER), axis_types=types)
+        in_specs, out_specs = jax.tree.map(_over_rows, (in_specs, out_specs), is_leaf=_is_spec)
     return functools.partial(collectives.shard_map(mesh, fn, (specs(model, mesh), *in_specs), out_specs), model)
+
+
+def _is_spec(node: Any) -> bool:
+    return isinstance(node, PartitionSpec)
+
+
+def _over_rows(spec: PartitionSpec) -> PartitionSpec:
+    return PartitionSpec(*(("rows", "data") if axis == "data" else axis for axis in spec))
+
+
+def gathered(weights: Any, config: ModelConfig) -> Any:
+    """Parameters as the traced program computes with them: gathered over the seq axis, unless it joins the model axis.
+
+    Args:
+      weights: a tree of a decoder's parameters, each this device's shard; the leading axis of layers may be missing.
+    """
+    axis = "rows" if collectives.axis_size("rows") > 1 else "seq"
+    shape = MeshShape(seq=collectives.axis_size(axis), model=collectives.axis_size("model"))
+    if shape.seq == 1 or shape.generating(config).model == shape.model:
+        return weights
+
+    def of(parameter: nnx.Param) -> nnx.Param:
+        axes = parameter.get_metadata("axes")
+
+        def along(x: jax.Array, name: str, dimension: int) -> jax.Array:
+            if _parts(config, shape, name) > 1:
+                return collectives.all_gather(x, axis, dimension)
+            shards = _parts(config, MeshShape(model=shape.model), name)
+            return x if shards == 1 else collectives.own_shard(x, "model", dimension)
+
+        def of_leaf(x: jax.Array) -> jax.Array:
+            for back, name in enumerate(reversed(axes), start=1):
+                x = along(x, name, x.ndim - back)
+            return x
+
+        return jax.tree.map(of_leaf, parameter)
+
+    return jax.tree.map(of, weights, is_leaf=lambda node: isinstance(node, nnx.Param))
 
 
 def with_shardings(abstract: Any, mesh: Mesh | None) -> Any:

@@ -114,7 +114,11 @@ class _Walk:
         def value_of(atom: Any) -> Known:
             return np.asarray(atom.val) if isinstance(atom, core.Literal) else known.get(atom)
 
+        read = [*jaxpr.outvars, *(atom for equation in jaxpr.eqns for atom in equation.invars)]
+        used = {atom for atom in read if not isinstance(atom, core.Literal)}
         for equation in jaxpr.eqns:
+            if used.isdisjoint(equation.outvars):  # the compiler drops it
+                continue
             made, more = self._equation(equation, [value_of(atom) for atom in equation.invars])
             known |= {var: value for var, value in zip(equation.outvars, made, strict=True) if value is not None}
             costs = costs + more if more else costs

@@ -2,7 +2,8 @@
 
 Memory is the compiler's report on the compiled programs. FLOPs and collectives are counted in the programs (`costs`)
 with XLA attention; the kernels do the same work in other blocks. Memory traffic is an estimate: weights are read once
-for each block of rows, activations and visible keys once for each use. Seconds are a roofline bound: the larger of
+for each block of rows, and in stage 1 written once where they are gathered; activations and visible keys count once for
+each use. Seconds are a roofline bound: the larger of
 arithmetic time and memory time at published speeds, plus the time of the collectives over one link.
 """
 
@@ -89,9 +90,11 @@ class Plan:
     """The resources that a request takes.
 
     Attributes:
+      shape: of the mesh; `shape.generating` is that of stage 2.
       stages: "filter", "prefill" and "decode".
       full_attention: "prefill" and "decode" of full attention, which are not compiled.
       capacity: bytes of memory on one device. full_cache: bytes of full attention's KV cache on one device.
+      token_traffic: bytes of memory traffic for each decoded token, those of a batch together.
     """
 
     request: Request
@@ -101,6 +104,12 @@ class Plan:
     full_attention: dict[str, Stage]
     capacity: int
     full_cache: int
+    token_traffic: int
+
+    @property
+    def generating(self) -> MeshShape:
+        """The mesh shape of stage 2."""
+        return self.shape.generating(self.request.config)
 
     @property
     def excess(self) -> int:
@@ -147,8 +156,17 @@ def make(request: Request, topology: Topology, shape: MeshShape | None) -> Plan:
         if _fit(memory.values(), capacity):
             break
     stages, full_attention = _stages(model, request, topology, memory)
-    full_cache = _Traffic(model, request).cache(request.tokens)
-    return Plan(request, topology, sharding.shape_of(model.mesh), stages, full_attention, capacity, full_cache)
+    traffic = _Traffic(model, request)
+    return Plan(
+        request,
+        topology,
+        sharding.shape_of(model.mesh),
+        stages,
+        full_attention,
+        capacity,
+        full_cache=traffic.cache(request.tokens),
+        token_traffic=traffic.step(request.method.keep),
+    )
 
 
 def smallest_that_fits(plan: Plan) -> Topology | None:
@@ -224,6 +242,7 @@ def _stages(
     """The stages of GemFilter, and those of full attention: S tokens through all layers, then a KV cache of all S."""
     traffic, steps = _Traffic(model, request), request.new_tokens - 1
     shape, kept = sharding.shape_of(model.mesh), request.method.keep
+    generating = shape.generating(request.config)
 
     def stage(name: str | None, counted: Costs, moved: int) -> Stage:
         return Stage(memory.get(name) if name else None, counted, moved, _time(counted, moved, topology))
@@ -232,13 +251,13 @@ def _stages(
         return programs.decode(programs.prefill(model, request, kept=cached)).costs() * steps
 
     width = request.method.band + request.method.first_tokens if request.is_tri_shape else None
-    filtered = traffic.prompt(request.method.filter_layer, request.tokens, shape.data, shape.seq, width)
+    filtered = traffic.prompt(request.method.filter_layer, request.tokens, shape, width)
     stages = {
         "filter": stage("filter", programs.filtering(model, request).costs(), filtered),
         "prefill": stage(
             "prefill",
             programs.prefill(model, request).costs(),
-            traffic.prompt(request.config.layers, kept, shape.rows, 1, None) + traffic.lm_head,
+            traffic.prompt(request.config.layers, kept, generating, None) + traffic.lm_head,
         ),
         "decode": stage("decode", decoding(kept), traffic.step(kept) * steps),
     }
@@ -246,7 +265,7 @@ def _stages(
         "prefill": stage(
             None,
             programs.filtering(model, request, whole=True).costs(),
-            traffic.prompt(request.config.layers, request.tokens, shape.data, shape.seq, None) + traffic.lm_head,
+            traffic.prompt(request.config.layers, request.tokens, shape, None) + traffic.lm_head,
         ),
         "decode": stage(None, decoding(request.tokens), traffic.step(request.tokens) * steps),
     }
@@ -257,36 +276,41 @@ class _Traffic:
     """Estimates of the bytes that one device reads and writes."""
 
     def __init__(self, model: Decoder, request: Request):
-        config, parts = request.config, sharding.shape_of(model.mesh).model
-        self._request, self._shape = request, sharding.shape_of(model.mesh)
+        self._request, self._generating = request, sharding.shape_of(model.mesh).generating(request.config)
         self._item = jax.tree.leaves(model.embedding)[0].dtype.itemsize
-        self._layer = programs.bytes_on_device(model.layers) // config.layers
-        self._width, self._queries = config.width, config.heads * config.head_width // parts
-        self._keys = 2 * max(config.kv_heads // parts, 1) * config.head_width
+        self._held = programs.bytes_on_device(model.layers) // request.config.layers
         self.lm_head = programs.bytes_on_device(model.embedding if model.lm_head is None else model.lm_head)
 
-    def prompt(self, layers: int, length: int, rows: int, parts: int, width: int | None) -> int:
+    def prompt(self, layers: int, length: int, shape: MeshShape, width: int | None) -> int:
         """Traffic of a prompt through some layers.
 
         Args:
-          rows: shards of the batch. parts: shards of each prompt.
+          shape: of the mesh as the program uses it.
           width: keys that a query attends to; None for all keys before it.
         """
-        tokens = -(-self._request.batch // rows) * -(-length // parts)
+        config = self._request.config
+        tokens = -(-self._request.batch // shape.data) * -(-length // shape.seq)
         passes = -(-tokens // _ROWS)
-        activations = tokens * (3 * self._width + 4 * self._queries + 2 * self._keys)
-        seen = passes * (length / 2 if width is None else min(width + _ROWS, length)) * self._keys
-        return int(layers * (passes * self._layer + (activations + seen) * self._item))
+        queries, keys = config.heads * config.head_width // shape.model, self._keys(shape)
+        activations = tokens * (3 * config.width + 4 * queries + 2 * keys)
+        seen = passes * (length / 2 if width is None else min(width + _ROWS, length)) * keys
+        gathered = self._generating.model // shape.model
+        read = passes + (gathered > 1)
+        return int(layers * (read * gathered * self._held + (activations + seen) * self._item))
+
+    def _keys(self, shape: MeshShape) -> int:
+        """Numbers in one device's keys and values of a token in a layer."""
+        return 2 * max(self._request.config.kv_heads // shape.model, 1) * self._request.config.head_width
 
     def step(self, cached: int) -> int:
         """Traffic of one decode step, which reads the weights and the KV cache."""
-        return self._request.config.layers * self._layer + self.cache(cached) + self.lm_head
+        return self._request.config.layers * self._held + self.cache(cached) + self.lm_head
 
     def cache(self, cached: int) -> int:
         """Size of the KV cache in stage 2, which is sharded over rows and key heads."""
-        rows = -(-self._request.batch // self._shape.rows)
+        rows = -(-self._request.batch // self._generating.data)
         capacity = bucket(cached) + bucket(self._request.new_tokens)
-        return self._request.config.layers * rows * capacity * self._keys * self._item
+        return self._request.config.layers * rows * capacity * self._keys(self._generating) * self._item
 
 
 def _time(counted: Costs, moved: int, topology: Topology) -> Time | None:
@@ -308,7 +332,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
             for (kind, axis), one in stage.costs.exchanges.items()
         ]
         made = {"flops": stage.costs.flops, "traffic_bytes": stage.traffic, "exchanges": exchanges}
-        made["exchanged_bytes"] = stage.costs.exchanged
+        made |= {"exchanged_bytes": stage.costs.exchanged, "sent_bytes": stage.costs.sent}
         if stage.memory:
             made["memory"] = {**dataclasses.asdict(stage.memory), "total": stage.memory.total}
         if stage.time:
@@ -328,10 +352,12 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "topology": str(plan.topology),
         "devices": plan.topology.size,
         "mesh": dataclasses.asdict(plan.shape),
+        "mesh_of_stage_2": dataclasses.asdict(plan.generating),
         "device_memory": plan.capacity,
         "stages": {name: fields(stage) for name, stage in plan.stages.items()},
         "full_attention": {name: fields(stage) for name, stage in plan.full_attention.items()},
         "full_attention_cache_bytes": plan.full_cache,
+        "traffic_bytes_per_decoded_token": plan.token_traffic,
         "fits": plan.fits,
         "excess_bytes": max(plan.excess, 0),
         "notes": plan.notes,

@@ -108,7 +108,7 @@ def filtering(model: Decoder, request: Request, *, whole: bool = False) -> Progr
 
 def prefill(model: Decoder, request: Request, *, kept: int | None = None) -> Program:
     """The prefill of stage 2 with `kept` tokens, or as many as the method keeps if None."""
-    rows = _rows(request.batch, sharding.shape_of(model.mesh).rows)
+    rows = _rows(request.batch, sharding.shape_of(model.mesh).generating(model.config).data)
     kept = request.method.keep if kept is None else kept
     arguments = (
         np.zeros((rows, bucket(kept)), np.int32),

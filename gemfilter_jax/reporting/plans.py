@@ -23,7 +23,7 @@ def show(console: Console, model: str, plan: "Plan", larger: "Topology | None") 
     terminal.remark(
         console,
         f"{printable(model)}, {request.tokens:,} tokens, keep {request.method.keep:,}, on {plan.topology} as "
-        f"{plan.shape}; layer {layer} of {layers} picks, {attention} before it",
+        f"{plan.shape}, stage 2 as {plan.generating}; layer {layer} of {layers} picks, {attention} before it",
     )
     rows = []
     for name, stage in plan.stages.items():
@@ -38,6 +38,7 @@ def show(console: Console, model: str, plan: "Plan", larger: "Topology | None") 
     for name, stage in plan.stages.items():
         for (kind, axis), one in stage.costs.exchanges.items():
             terminal.remark(console, f"{name}: {one.count:,} {kind} over {axis}, {one.bytes / 1e6:,.1f} MB")
+    terminal.remark(console, f"decode: {plan.token_traffic / 1e9:,.2f} GB from memory for each token")
     for note in plan.notes:
         terminal.remark(console, f"note: {note}")
     terminal.remark(console, _verdict(plan, larger))

@@ -1,5 +1,6 @@
 """Programs on meshes of 8 and of 4 devices, forced on the CPU of another process: the same tokens as on one device."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -7,11 +8,14 @@ import re
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import mesh_programs
 import numpy as np
 import pytest
 import tiny
 
+from gemfilter_jax.checkpoints.weights import Loading, abstract_decoder
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.parallel import sharding
 from gemfilter_jax.parallel.sharding import MeshShape
@@ -28,7 +32,7 @@ _EVERY = ()  # mesh that 8 and 4 devices make
 _MESHES = {  # each axis alone and with others; all that is asked for on the first, where two parts share a key head
     "llama_mqa_bias_linear": ("data:2,seq:2,model:2", "data:1,seq:1,model:8"),
     "mistral_sliding": ("data:1,seq:8,model:1",),
-    "phi3_longrope": ("data:1,seq:4,model:2",),
+    "phi3_longrope": ("data:1,seq:4,model:1",),
     "qwen3_norms": ("data:4,seq:1,model:2",),
 }
 
@@ -165,6 +169,31 @@ def test_what_cannot_be_split_is_named():
 )
 def test_the_model_is_cut_as_little_as_memory_allows(weights, memory, many, shape):
     assert sharding.automatic_shape(tiny.CONFIG, 8, weights=weights, memory=memory, many_prompts=many) == shape
+
+
+@pytest.mark.parametrize(
+    ("shape", "generating"),
+    [
+        (MeshShape(seq=4), MeshShape(model=4)),
+        (MeshShape(2, 2, 2), MeshShape(data=2, model=4)),
+        (MeshShape(seq=8), MeshShape(data=8)),  # 8 parts of 4 heads
+        (MeshShape(seq=4, model=2), MeshShape(data=4, model=2)),
+    ],
+)
+def test_the_seq_axis_joins_the_model_axis_in_stage_2_where_heads_allow(shape, generating):
+    assert shape.generating(tiny.CONFIG) == generating
+
+
+def test_a_device_holds_a_share_of_seq_and_model_together():
+    """An eighth of the weights but norms, with 8 heads; the 2 key heads, which 8 do not divide, are on every device."""
+    config = dataclasses.replace(tiny.CONFIG, heads=8, width=64)
+    mesh = jax.sharding.AbstractMesh((2, 4, 1), ("model", "seq", "data"))
+    model = abstract_decoder(config, Loading(jnp.dtype(jnp.float32)))
+    held = sharding.specs(model, mesh)
+    for name in ("query", "output", "gate", "up", "down"):
+        assert ("model", "seq") in getattr(held.layers, name).kernel.get_value()
+    assert held.embedding.get_value()[0] == ("model", "seq")
+    assert set(held.layers.key.kernel.get_value()) == {None}
 
 
 def test_batches_are_filled_up():

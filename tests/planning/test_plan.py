@@ -102,6 +102,13 @@ def test_dense_attention_sends_all_keys_round():
     assert counted == {"count": 2 * LAYER * 7, "bytes": 2 * LAYER * 7 * LENGTH // 8 * 1024 * 2}
 
 
+def test_stage_1_gathers_each_layers_weights_and_the_embedding_once():
+    """Those of eight devices; of the filter layer itself the keys and queries alone."""
+    counted = _own_process("counts")["filter"]["dense"]["seq:8"]["all_gather seq"]
+    last = 4096 * 4096 + 4096 * 1024
+    assert counted["bytes"] == 2 * (LAYER * _LAYER_WEIGHTS + last + 4096 * 128256) // 8
+
+
 def test_weak_scaling_exchanges_as_much_with_tri_shape_and_more_with_dense():
     """Twice the prompt on twice the devices; with tri_shape also on as many."""
     tri_shape, dense = (_own_process("counts")["weak"][attention] for attention in ("tri_shape", "dense"))
@@ -222,6 +229,11 @@ def _counts():
     def filtered(request, mesh):
         return programs.filtering(abstract(request, mesh), request).costs()
 
+    def exchanged(request, mesh):
+        """Bytes of collectives but those that gather weights, which are the same for every prompt."""
+        exchanges = filtered(request, mesh).exchanges
+        return sum(one.bytes for (kind, _), one in exchanges.items() if kind != "all_gather")
+
     found = {"filter": {}, "weak": {}}
     for attention in ("dense", "tri_shape"):
         request = _request(attention, filter_layer=LAYER, keep=KEEP)
@@ -232,10 +244,10 @@ def _counts():
             for (kind, axis), one in costs.exchanges.items():
                 of_mesh[mesh][f"{kind} {axis}"] = {"count": one.count, "bytes": one.bytes}
         found["weak"][attention] = [
-            filtered(dataclasses.replace(request, tokens=parts * _OF_PART), f"seq:{parts}").exchanged for parts in _SEQ
+            exchanged(dataclasses.replace(request, tokens=parts * _OF_PART), f"seq:{parts}") for parts in _SEQ
         ]
     longer = dataclasses.replace(request, tokens=2 * _SEQ[-1] * _OF_PART)
-    found["twice as long"] = filtered(longer, f"seq:{_SEQ[-1]}").exchanged
+    found["twice as long"] = exchanged(longer, f"seq:{_SEQ[-1]}")
     prefill = programs.prefill(abstract(request, "model:8"), request)
     found |= {"prefill": prefill.costs().flops, "decode": programs.decode(prefill).costs().flops}
     return found

@@ -1,7 +1,7 @@
 """One pass of the filter: token ids and a method in, a score for each token out.
 
-Programs of a model on a mesh run on all its devices: `score_prompt` shards prompts over the seq axis, the others have
-that axis join the data axis. Batches must then be multiples of the axis that shards them, see `sharding.evenly`.
+Programs of a model on a mesh run on all its devices: `score_prompt` shards prompts over the seq axis, the others shard
+the batch over that axis and the data axis. Batches must then be multiples of what shards them, see `sharding.evenly`.
 
 Axes: B batch, S prompt bucket, T bucket of what follows a beginning, H query heads, N weightings of
 them, W observation rows.
@@ -178,7 +178,7 @@ def score_prompt(
     order = sequence.order(ids.shape[1])
     batch, sharded = sharding.spec("batch"), sharding.spec("batch", "sequence")
     in_specs, out_specs = (sharded, batch, batch, _specs(scoring)), sharding.spec("batch", None, "sequence")
-    run = sharding.on_devices(model, scored, in_specs, out_specs, cuts_sequences=True)
+    run = sharding.on_devices(model, scored, in_specs, out_specs, seq="sequences")
     ordered = run(ids[:, order] if sequence.mirrored else ids, lengths, suffix_lengths, scoring)
     return (ordered[..., np.argsort(order)] if sequence.mirrored else ordered)[..., :length]
 
@@ -220,7 +220,9 @@ def score_heads(
             return filter_view.at_each_layer(prepared, ids, lengths, layers, window, look, scoring.pattern)
 
     batch = sharding.spec("batch")
-    run = sharding.on_devices(model, scored, (batch, batch, batch, _specs(scoring)), sharding.spec(None, "batch"))
+    run = sharding.on_devices(
+        model, scored, (batch, batch, batch, _specs(scoring)), sharding.spec(None, "batch"), seq="rows"
+    )
     return run(ids, lengths, suffix_lengths, scoring)
 
 
@@ -246,7 +248,7 @@ def read(
             return filter_view.read(scoring.prepared(model), ids, lengths, extents, filter_layer, scoring.pattern)
 
     batch = sharding.spec("batch")
-    run = sharding.on_devices(model, held, (batch, batch, batch, _specs(scoring)), cache_specs())
+    run = sharding.on_devices(model, held, (batch, batch, batch, _specs(scoring)), cache_specs(), seq="rows")
     return run(ids, lengths, extents, scoring)
 
 
@@ -271,5 +273,5 @@ def score_after(model: Decoder, read: KVCache, ids: jax.Array, lengths: jax.Arra
             return filter_view.looked_at_after(prepared, read, ids, lengths, scoring.layers, window, look)
 
     batch = sharding.spec("batch")
-    run = sharding.on_devices(model, scored, (cache_specs(), batch, batch, _specs(scoring)), batch)
+    run = sharding.on_devices(model, scored, (cache_specs(), batch, batch, _specs(scoring)), batch, seq="rows")
     return run(read, ids, lengths, scoring)
