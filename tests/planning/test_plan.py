@@ -121,7 +121,9 @@ def test_weak_scaling_exchanges_as_much_with_tri_shape_and_more_with_dense():
 def test_predicted_memory_is_what_a_run_takes():
     measured = _own_process("memory")
     assert measured["temporaries"] > measured["weights"]
-    assert measured["grown"] == pytest.approx(measured["predicted"], rel=0.25)
+    of_runtime = _MEASURED[0] * 48 * 2**20  # of each device: packed matrices, threads
+    assert 0.95 * measured["predicted"] < measured["grown"] < 1.05 * measured["predicted"] + of_runtime
+    assert of_runtime < 0.6 * measured["temporaries"]
 
 
 def test_fields_of_json(small_model, tmp_path):
@@ -270,6 +272,7 @@ def _memory():
     predicted, compiled = plan.compiled(program)
     gc.collect()
     before = _resident("VmRSS")
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     real = jax.tree.map(lambda leaf: jax.device_put(jnp.full(leaf.shape, 0.01, leaf.dtype), leaf.sharding), model)
     jax.block_until_ready(compiled(real, *program.arguments))
     return {
