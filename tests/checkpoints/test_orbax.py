@@ -106,7 +106,7 @@ np.savez(sys.argv[3], **out)
 """
 
 
-@pytest.mark.parametrize("source", ["orbax", "safetensors"])
+@pytest.mark.parametrize("source", ["orbax", pytest.param("safetensors", marks=pytest.mark.exhaustive)])
 def test_split_over_devices(saved, original, tmp_path, source):
     folder = saved
     if source == "safetensors":

@@ -35,6 +35,7 @@ def test_an_answer_of_a_text_within_keep_is_one_line(smollm2, book):
     assert "picked" not in seen
 
 
+@pytest.mark.exhaustive
 def test_answers_of_questions_asked_together_are_one_line_each(smollm2, book, tmp_path):
     long = _TEXT * 20
     (tmp_path / "book.txt").write_text(long)

@@ -180,6 +180,7 @@ _PLAN = Plan(
 )
 
 
+@pytest.mark.exhaustive
 def test_calibration_is_deterministic_and_its_preset_can_be_used(smollm2, tmp_path: pathlib.Path):
     told: list[tuple[str, int, int]] = []
     runs = [calibrate.calibrate(smollm2, _PLAN, progress=lambda *stage: told.append(stage)) for _ in range(2)]

@@ -300,7 +300,8 @@ def test_a_file_of_something_else_is_refused(path, held, words):
         result_file.read([path.parent])
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("kills", [1, 10])
 def test_a_run_that_is_killed_again_and_again_gives_the_lines_of_one_that_is_not(kills, tmp_path):
     model = gguf_files.write(tmp_path / "tiny.gguf", Folder.read(GOLDEN / "llama_gqa_tied"))
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}

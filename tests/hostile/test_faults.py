@@ -64,7 +64,7 @@ _FULL = {resource.RLIMIT_FSIZE: _SMALL}
 _ONE_TEXT = ("--model={model}", "--prompt_file=text.txt", *_QUESTION)
 
 
-@pytest.mark.parametrize("command", ["generate", "select"])
+@pytest.mark.parametrize("command", ["generate", pytest.param("select", marks=pytest.mark.exhaustive)])
 def test_a_report_on_a_full_disk(run, tmp_path, command):
     flags = [flag for flag in _ONE_TEXT if command == "generate" or "new_tokens" not in flag]
     (tmp_path / "page.html").write_text("before")
@@ -101,6 +101,7 @@ def test_a_full_standard_output(run, arguments):
         _fails(run(*arguments, stdout=full), "standard output: No space left on device")
 
 
+@pytest.mark.exhaustive
 def test_requests_go_on_after_a_full_disk(run, tmp_path):
     lines = [{"prompt": _TEXT[: 200 + number], "question": "ab"} for number in range(6)]
     (tmp_path / "requests.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -121,6 +122,7 @@ def test_requests_go_on_after_a_full_disk(run, tmp_path):
     assert (tmp_path / "answers.jsonl").read_text().startswith(held)
 
 
+@pytest.mark.exhaustive
 def test_an_evaluation_goes_on_after_a_full_disk(run, tmp_path):
     flags = (
         "--model={model}",
@@ -144,7 +146,10 @@ def test_an_evaluation_goes_on_after_a_full_disk(run, tmp_path):
     assert results.count("\n") == 7
 
 
-@pytest.mark.parametrize("home", [None, "/nonexistent", "/dev/null"], ids=str)
+_more_homes = [pytest.param(home, marks=pytest.mark.exhaustive) for home in (None, "/nonexistent")]
+
+
+@pytest.mark.parametrize("home", ["/dev/null", *_more_homes], ids=str)
 def test_a_home_that_cannot_be_used(run, tmp_path, home):
     done = run("generate", *_ONE_TEXT, HOME=home, XDG_CACHE_HOME=None)
     assert done.returncode == 0, done.stderr

@@ -35,7 +35,7 @@ def test_the_filter_scores_alike(precision):
     np.testing.assert_allclose(of_own, of_stacked, rtol=bounds.of_sum(1000, 1.0), atol=0)
 
 
-@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("int8", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 def test_it_writes_the_same_tokens(int8):
     ids, lengths = loop.pad([tiny.random_ids(_LENGTH), tiny.random_ids(25)], _LENGTH)
     written = []

@@ -14,7 +14,7 @@ _FORMS = ("dense", "windowed", "tri_shape")
 
 
 @every_topology
-@pytest.mark.parametrize("form", _FORMS)
+@pytest.mark.parametrize("form", [pytest.param("dense", marks=pytest.mark.exhaustive), *_FORMS[1:]])
 @pytest.mark.parametrize("model", HEADS)
 def test_it_makes_no_square_array(model, form, topology):
     """All temporaries together are smaller than an S x S array of single bytes, for one head."""

@@ -33,7 +33,6 @@ _MESHES = {  # each axis alone and with others; all that is asked for on the fir
     "llama_mqa_bias_linear": ("data:2,seq:2,model:2", "data:1,seq:1,model:8"),
     "mistral_sliding": ("data:1,seq:8,model:1",),
     "phi3_longrope": ("data:1,seq:4,model:1",),
-    "qwen3_norms": ("data:4,seq:1,model:2",),
 }
 
 

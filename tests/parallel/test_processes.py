@@ -133,6 +133,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.exhaustive
 def test_an_evaluation_that_stopped_goes_on_in_all_processes(folder, tmp_path):
     """From the lines that the first process alone has; here those of a run of one process."""
     output, task = tmp_path / "results.jsonl", ("--task=hidden_facts", "--count=12", "--distractors=0")
@@ -190,6 +191,7 @@ def test_generate_answers_once_on_a_mesh_of_all_devices(folder, tmp_path):
     assert [line["indices"] for line in lines] == [list(one.selection.indices) for one in wanted]
 
 
+@pytest.mark.exhaustive
 def test_none_is_left_waiting():
     signals = {0: signal.SIGTERM, 1: signal.SIGKILL}
     statuses = {0: 128 + signal.SIGTERM, 1: -signal.SIGKILL}
