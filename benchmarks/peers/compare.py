@@ -8,11 +8,13 @@ tokens by default. What cannot be run here is in both files with the reason.
 
   PyTorch        transformers, the paper's algorithm, SnapKV. An interpreter with the extra `parity`:
                  --torch_python=PATH, by default this one.
-  llama.cpp      full attention on the quantised weights of the file. A folder with the npm packages node-llama-cpp and
+  llama.cpp      full attention on the quantised weights of the file; and decoding of kept tokens at other numbers of
+                 bits, on files made of that one. A folder with the npm packages node-llama-cpp and
                  @node-llama-cpp/linux-x64 (85 MB, see BUILD.md): --llama_folder=PATH, with node in the search path.
                  Nothing is downloaded or built here. Of four settings the fastest serves.
 
-The whole prompt is some 70 tokens longer than --tokens. It needs about 6 GB of memory at 7,900 tokens, and Linux.
+The whole prompt is some 70 tokens longer than --tokens. It needs about 9 GB of memory at 7,900 tokens, 1 GB for
+temporary files, and Linux.
 """
 
 import argparse
@@ -22,10 +24,12 @@ import json
 import os
 import pathlib
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import gguf_weights
 import page
 from protocol import Worker, WorkerError
 
@@ -33,7 +37,16 @@ from gemfilter_jax import files
 from gemfilter_jax.errors import UserError
 
 _HERE = pathlib.Path(__file__).parent
-_OWN, _FLOAT32, _BFLOAT16, _LLAMA = page.OWN, "PyTorch, float32", "PyTorch, bfloat16", "llama.cpp"
+_OWN, _TORCH, _LLAMA = page.OWN, "PyTorch", "llama.cpp"
+_OWN_WEIGHTS = {"float32": {}, "bfloat16": {"dtype": "bfloat16"}, "int8": {"weights": "int8"}}
+"""How `gemfilter_jax.load` gets them."""
+_LLAMA_WEIGHTS = {"float32": "F32", "float16": "F16", "Q8_0": "Q8_0"}
+"""How GGUF names them; beside those that the file holds."""
+
+
+def _worker(kind: str, weights: str) -> str:
+    """The name of a worker."""
+    return f"{kind}, {weights}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +72,12 @@ class Peer:
         return {"program": self.program, "method": self.method, "weights": self.weights}
 
 
-def _of_torch(worker: str, weights: str) -> tuple[Peer, ...]:
+def _own(method: str, weights: str, action: str) -> Peer:
+    return Peer(_OWN, method, weights, _worker(_OWN, weights), action)
+
+
+def _of_torch(weights: str) -> tuple[Peer, ...]:
+    worker = _worker(_TORCH, weights)
     return (
         Peer("transformers", page.FULL, weights, worker, "full"),
         Peer("PyTorch", page.PAPER, weights, worker, "paper"),
@@ -67,14 +85,18 @@ def _of_torch(worker: str, weights: str) -> tuple[Peer, ...]:
     )
 
 
+def _of_kept(weights: str) -> Peer:
+    return Peer(_LLAMA, "kept tokens", weights, _worker(_LLAMA, weights), "kept", of_kept=True)
+
+
 PEERS = (
-    Peer(_OWN, page.PAPER, "float32", _OWN, "paper"),
-    Peer(_OWN, page.DEFAULT, "float32", _OWN, "default"),
-    Peer(_OWN, page.FULL, "float32", _OWN, "full"),
-    *_of_torch(_FLOAT32, "float32"),
-    *_of_torch(_BFLOAT16, "bfloat16"),
-    Peer("llama.cpp", page.FULL, page.QUANTISED, _LLAMA, "full"),
-    Peer("llama.cpp", "kept tokens", page.QUANTISED, _LLAMA, "kept", of_kept=True),
+    _own(page.PAPER, "float32", "paper"),
+    *(_own(page.DEFAULT, weights, "default") for weights in _OWN_WEIGHTS),
+    _own(page.FULL, "float32", "full"),
+    *_of_torch("float32"),
+    *_of_torch("bfloat16"),
+    Peer(_LLAMA, page.FULL, page.QUANTISED, _worker(_LLAMA, page.QUANTISED), "full"),
+    *(_of_kept(weights) for weights in (page.QUANTISED, *_LLAMA_WEIGHTS)),
 )
 
 
@@ -123,11 +145,11 @@ def measure(
             told = f"round {number} of {rounds}" if number else "warm-up"
             print(f"{told}: {', '.join(peer.fields.values())}", file=sys.stderr)
             read = [ids[place] for place in found[0]["kept"]] if peer.of_kept else ids
-            request = {"method": peer.action} | ({} if peer.worker == _OWN else {"ids": read})
+            request = {"method": peer.action} | ({} if peer.program == _OWN else {"ids": read})
             try:
                 answer, others = _timed(workers[peer.worker], "run" if number else "warm_up", request)
             except WorkerError as error:
-                if peer.worker == _OWN:
+                if peer.program == _OWN:
                     raise
                 found[index] = peer.fields | {"not_measured": str(error)}
                 continue
@@ -142,24 +164,36 @@ def _command(module: str, python: str = sys.executable) -> list[str]:
     return [python, str(_HERE / "protocol.py"), module]
 
 
-def _started(
-    stack: contextlib.ExitStack, arguments: argparse.Namespace, loaded: Mapping[str, Any]
-) -> tuple[dict[str, Worker], dict[str, str], dict[str, str]]:
-    """The other programs: workers by name, why there is none for others, and versions."""
-    given = {"model": loaded["model"], "threads": arguments.threads, "new_tokens": arguments.new_tokens}
-    of_torch = given | {"keep": arguments.keep, "layer": loaded["layer"]}
-    torch = _command("torch_worker", arguments.torch_python)
-    llama = ["node", str(_HERE / "llama_cpp_worker.mjs")]
+def _llama_files(stack: contextlib.ExitStack, model: str) -> dict[str, pathlib.Path]:
+    """What llama.cpp reads, by the name of the weights; the stack removes what is made here."""
+    folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    made = {weights: folder / f"{weights}.gguf" for weights in _LLAMA_WEIGHTS}
+    for weights, path in made.items():
+        gguf_weights.convert(pathlib.Path(model), path, _LLAMA_WEIGHTS[weights])
+    return {page.QUANTISED: pathlib.Path(model), **made}
+
+
+def _others(
+    stack: contextlib.ExitStack, arguments: argparse.Namespace, model: str, layer: int
+) -> tuple[dict[str, Worker], dict[str, str], dict[str, str], dict[str, float]]:
+    """Workers of other programs by name, why there is none for others, versions, and bits of weights of this model."""
+    given = {"threads": arguments.threads, "new_tokens": arguments.new_tokens}
+    command = _command("torch_worker", arguments.torch_python)
+    of_torch = given | {"model": model, "keep": arguments.keep, "layer": layer}
     wanted = {
-        _FLOAT32: (torch, of_torch | {"dtype": "float32"}),
-        _BFLOAT16: (torch, of_torch | {"dtype": "bfloat16"}),
-        _LLAMA: (llama, given | {"folder": arguments.llama_folder}),
+        _worker(_TORCH, dtype): (command, of_torch | {"dtype": dtype}, bits)
+        for dtype, bits in (("float32", 32), ("bfloat16", 16))
     }
-    workers, missing, versions = {}, {}, {}
-    if not arguments.llama_folder:
-        del wanted[_LLAMA]
-        missing[_LLAMA] = "no --llama_folder was given"
-    for name, (command, request) in wanted.items():
+    missing = {}
+    if arguments.llama_folder:
+        command = ["node", str(_HERE / "llama_cpp_worker.mjs")]
+        for weights, path in _llama_files(stack, model).items():
+            request = given | {"model": str(path), "folder": arguments.llama_folder}
+            wanted[_worker(_LLAMA, weights)] = (command, request, gguf_weights.bits(path))
+    else:
+        missing = {peer.worker: "no --llama_folder was given" for peer in PEERS if peer.program == _LLAMA}
+    workers, versions = {}, {}
+    for name, (command, request, _) in wanted.items():
         try:
             worker = stack.enter_context(contextlib.closing(Worker(command)))
             versions |= worker.ask("load", **request)["versions"]
@@ -167,7 +201,7 @@ def _started(
         except WorkerError as error:
             missing[name] = str(error)
             print(f"{name} is not measured: {error}", file=sys.stderr)
-    return workers, missing, versions
+    return workers, missing, versions, {name: bits for name, (_, _, bits) in wanted.items()}
 
 
 def _processor() -> str:
@@ -179,27 +213,33 @@ def _compare(arguments: argparse.Namespace) -> dict[str, Any]:
     """The result; raises `WorkerError` if this project cannot be measured."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])  # of the workers too
     with contextlib.ExitStack() as stack:
-        own = stack.enter_context(contextlib.closing(Worker(_command("own_worker"))))
+        own, loaded = {}, {}
         given = {name: getattr(arguments, name) for name in ("tokens", "new_tokens", "keep")}
-        loaded = own.ask("load", **given)
-        workers, missing, versions = _started(stack, arguments, loaded)
-        peers = measure(PEERS, {_OWN: own} | workers, missing, loaded["ids"], arguments.rounds)
-        texts = own.ask("decode", answers=[peer.get("tokens", []) for peer in peers])["texts"]
-    kept_here = set(peers[0].pop("kept"))
-    for peer, text in zip(peers, texts, strict=True):
-        if "tokens" in peer:
-            peer["answer"] = text
-        if "kept" in peer:
-            peer["kept_as_here"] = len(kept_here.intersection(peer.pop("kept")))
+        for weights, options in _OWN_WEIGHTS.items():
+            name = _worker(_OWN, weights)
+            own[name] = stack.enter_context(contextlib.closing(Worker(_command("own_worker"))))
+            loaded[name] = own[name].ask("load", **given, options=options)
+        first = next(iter(loaded.values()))
+        others, missing, versions, bits = _others(stack, arguments, first["model"], first["layer"])
+        records = measure(PEERS, own | others, missing, first["ids"], arguments.rounds)
+        answers = [record.get("tokens", []) for record in records]
+        texts = next(iter(own.values())).ask("decode", answers=answers)["texts"]
+    bits |= {name: answer["bits"] for name, answer in loaded.items()}
+    kept_here = set(records[0].pop("kept"))
+    for peer, record, text in zip(PEERS, records, texts, strict=True):
+        if "runs" not in record:
+            continue
+        record |= {"bits": bits[peer.worker], "answer": text}
+        if "kept" in record:
+            record["kept_as_here"] = len(kept_here.intersection(record.pop("kept")))
     return {
-        "versions": loaded["versions"] | versions,
+        "versions": first["versions"] | versions,
         "processor": _processor(),
-        "model": pathlib.Path(loaded["model"]).name,
-        "bits": {"float32": 32, "bfloat16": 16, page.QUANTISED: loaded["bits"]},
-        "prompt_tokens": len(loaded["ids"]),
-        "layer": loaded["layer"],
+        "model": pathlib.Path(first["model"]).name,
+        "prompt_tokens": len(first["ids"]),
+        "layer": first["layer"],
         **{name: getattr(arguments, name) for name in ("new_tokens", "keep", "threads", "rounds")},
-        "peers": peers,
+        "peers": records,
     }
 
 

@@ -4,11 +4,10 @@ Its `load` also makes the prompt of all peers and names the model's file; `decod
 """
 
 import dataclasses
-import pathlib
 import time
 from typing import Any
 
-import gguf
+import jax
 
 import gemfilter_jax
 from gemfilter_jax.checkpoints import embedded
@@ -16,22 +15,23 @@ from gemfilter_jax.errors import UserError
 from gemfilter_jax.evals import bench
 from gemfilter_jax.evals.tasks.needles import Needles
 from gemfilter_jax.methods.base import Method
+from gemfilter_jax.models.transformer import Decoder
 from gemfilter_jax.text.prompt import encode
 from gemfilter_jax.timing import COMPILE
 
 
-def _bits(path: pathlib.Path) -> float:
-    """Bits of a weight in a GGUF file, on average."""
-    tensors = gguf.GGUFReader(path).tensors
-    return 8 * sum(int(one.n_bytes) for one in tensors) / sum(int(one.n_elements) for one in tensors)
+def _bits(model: Decoder) -> float:
+    """Bits that are held for a weight, scales included, on average."""
+    leaves = jax.tree.leaves(model)
+    return 8 * sum(leaf.nbytes for leaf in leaves) / sum(leaf.size for leaf in leaves)
 
 
 class Runs:
     """The actions of this worker."""
 
-    def load(self, *, tokens: int, new_tokens: int, keep: int) -> dict[str, Any]:
-        """Read the model, and make the prompt of a text of so many tokens."""
-        model = gemfilter_jax.load(embedded.NAME, dtype="float32")
+    def load(self, *, tokens: int, new_tokens: int, keep: int, options: dict[str, str]) -> dict[str, Any]:
+        """Read the model with options of `gemfilter_jax.load`, and make the prompt of a text of so many tokens."""
+        model = gemfilter_jax.load(embedded.NAME, **options)
         tokenizer, config = model.checkpoint.tokenizer, model.checkpoint.model.config
         self._model = dataclasses.replace(model, checkpoint=dataclasses.replace(model.checkpoint, stop_tokens=()))
         self._case = next(Needles(depths=(0.5,)).examples(tokenizer, tokens))
@@ -51,7 +51,7 @@ class Runs:
         return {
             "versions": environment,
             "model": str(embedded.locate()),
-            "bits": _bits(embedded.locate()),
+            "bits": _bits(model.checkpoint.model),
             "layer": self._method("paper").filter_layer,
             "ids": ids,
         }

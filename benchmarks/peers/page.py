@@ -52,7 +52,7 @@ def _ratio(peer: Mapping[str, Any], other: Mapping[str, Any] | None) -> str:
 
 
 def _times(measured: Sequence[Mapping[str, Any]]) -> str:
-    own = {peer["method"]: peer for peer in measured if peer["program"] == OWN}
+    own = {peer["method"]: peer for peer in measured if peer["program"] == OWN and peer["weights"] == "float32"}
     rows = [
         [
             *_name(peer),
@@ -71,7 +71,7 @@ def _decoding(result: Mapping[str, Any], measured: Sequence[Mapping[str, Any]]) 
     steps, rows = result["new_tokens"] - 1, []
     for peer in measured:
         speeds = [steps / seconds for seconds in _seconds(peer, "decode")]
-        weights = f"{peer['weights']}, {result['bits'][peer['weights']]:.3g} bits"
+        weights = f"{peer['weights']}, {peer['bits']:.3g} bits"
         rows.append([peer["program"], peer["method"], weights, f"{peer['held']:,}", _cell(speeds)])
     return _table([*_NAME, "prompt tokens in the cache", "tokens a second"], rows)
 
@@ -109,17 +109,18 @@ def markdown(result: Mapping[str, Any]) -> str:
         "# This project beside others on the same model",
         f"{result['model']}, a prompt of {result['prompt_tokens']:,} tokens and {result['new_tokens']} new ones, "
         f"greedy; no token ends an answer. Methods keep {result['keep']:,} tokens of the prompt. The paper's algorithm "
-        f"picks them at layer {result['layer']}. Weights other than {QUANTISED} are dequantised from the same file.",
+        f"picks them at layer {result['layer']}. Weights other than {QUANTISED} are made of the same file.",
         f"{result['processor']}, {result['threads']} threads for each program. {rounds} after a warm-up: in each, "
         "every program ran once, one at a time. **Bold** is the median; of several runs, all are in brackets.",
         "## Seconds",
         "The filter chooses tokens, prefill ends with the first new token, decode makes the others. The ratios are of "
-        "medians of totals: above 1, the row took longer than this project. Disturbed: the largest share of the "
-        "machine's processors that other processes took during a run. This project's totals alone include turning the "
-        "text into tokens and back; the others are given tokens.",
+        "medians of totals, to this project in float32: above 1, the row took longer. Disturbed: the largest share of "
+        "the machine's processors that other processes took during a run. This project's totals alone include turning "
+        "the text into tokens and back; the others are given tokens.",
         _times(whole),
         "## Decoding",
-        "Kept tokens: the program read nothing but the tokens that the paper's algorithm keeps here.",
+        "Kept tokens: the program read nothing but the tokens that the paper's algorithm keeps here. Bits: of a weight "
+        f"on average; {OWN} holds the embedding in 32 bits beside matrices in int8.",
         _decoding(result, measured),
         "## Checks",
         *_agreement(result, measured),

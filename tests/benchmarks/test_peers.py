@@ -7,11 +7,15 @@ import pathlib
 import subprocess
 import sys
 
+import gguf
+import gguf_files
+import jax
 import numpy as np
 import pytest
 import tiny
-from model_files import FLOAT32, GOLDEN
+from model_files import FLOAT32, GOLDEN, Folder
 
+from gemfilter_jax.checkpoints.gguf_file import GGUFFile
 from gemfilter_jax.checkpoints.hf_folder import HuggingFaceFolder
 from gemfilter_jax.methods.gemfilter.method import GemFilter
 from gemfilter_jax.timing import Stopwatch
@@ -73,7 +77,7 @@ def test_programs_take_turns_and_one_that_fails_does_not_stop_the_others(modules
     start, log = fake
 
     def peer(worker, action, of_kept=False):
-        return compare.Peer(action, "method", "float32", worker, action, of_kept)
+        return compare.Peer(worker, "method", "float32", worker, action, of_kept)
 
     peers = [
         peer("gemfilter_jax", "first"),
@@ -144,20 +148,20 @@ def test_wrong_flags_are_told_before_any_work(modules, monkeypatch, capsys, tmp_
     assert not list(tmp_path.iterdir())
 
 
-def _peer(program, method, weights, decode, **fields):
+def _peer(program, method, weights, decode, bits=32, **fields):
     runs = [
         {"seconds": {"prefill": 1.0, "decode": seconds, "total": 1.0 + seconds}, "others": 0.01 * number}
         for number, seconds in enumerate(decode)
     ]
     names = {"program": program, "method": method, "weights": weights}
-    return names | {"runs": runs, "answer": "it is|`so`\n", "prompt_tokens": 900, "held": 900} | fields
+    record = {"runs": runs, "bits": bits, "answer": "it is|`so`\n", "prompt_tokens": 900, "held": 900}
+    return names | record | fields
 
 
 RESULT = {
     "versions": {"jax": "1.2", "torch": "3.4"},
     "processor": "a processor",
     "model": "a.gguf",
-    "bits": {"float32": 32, "Q4_1": 5.7449},
     "prompt_tokens": 900,
     "layer": 18,
     "new_tokens": 9,
@@ -167,6 +171,7 @@ RESULT = {
     "peers": [
         _peer("gemfilter_jax", "paper", "float32", [1.0, 9.0, 2.0], held=64),
         _peer("gemfilter_jax", "default rule", "float32", [3.0, 3.0, 3.0], held=64),
+        _peer("gemfilter_jax", "default rule", "int8", [2.0, 2.0, 2.0], 13.2, held=64),
         _peer("PyTorch", "paper", "float32", [8.0, 5.0, 4.0], held=64, kept_as_here=63),
         {"program": "PyTorch", "method": "SnapKV", "weights": "float32", "not_measured": "no module torch"},
         _peer(
@@ -174,6 +179,7 @@ RESULT = {
             "kept tokens",
             "Q4_1",
             [0.5, 1.0, 0.25],
+            5.7449,
             prompt_tokens=64,
             held=64,
             settings={"batchSize": 512},
@@ -192,7 +198,8 @@ def test_the_page_has_medians_all_runs_and_ratios_of_medians(modules):
     rows = _rows(text.split("## Seconds")[1].split("## ")[0])
     own = ["-", "**1.00** (1.00, 1.00, 1.00)", "**2.00** (1.00, 9.00, 2.00)", "**3.00** (2.00, 10.00, 3.00)"]
     assert rows[2] == ["gemfilter_jax", "paper", "float32", *own, "0.75", "1.00", "2%"]
-    assert rows[4][:3] + rows[4][6:] == [
+    assert rows[4][2:4] + rows[4][6:9] == ["int8", "-", "**3.00** (3.00, 3.00, 3.00)", "0.75", "0.75"]
+    assert rows[5][:3] + rows[5][6:] == [
         "PyTorch",
         "paper",
         "float32",
@@ -201,7 +208,7 @@ def test_the_page_has_medians_all_runs_and_ratios_of_medians(modules):
         "2.00",
         "2%",
     ]
-    assert len(rows) == 5  # a program that read the kept tokens alone took less work, and has no place here
+    assert len(rows) == 6  # a program that read the kept tokens alone took less work, and has no place here
 
 
 def test_the_page_has_decoding_speeds_checks_and_what_is_missing(modules):
@@ -232,6 +239,21 @@ def test_page_script_prints_the_page(tmp_path):
     file.write_text(json.dumps(RESULT))
     ran = subprocess.run([sys.executable, PEERS / "page.py", file], capture_output=True, text=True, check=True)
     assert ran.stdout.startswith("# This project beside others")
+
+
+@pytest.mark.parametrize(("kind", "bits", "step"), [("F32", 32.0, 0), ("F16", 16.0, 2**-11), ("Q8_0", 8.5, 1 / 127)])
+def test_weights_of_other_bits_are_those_of_the_file(modules, tmp_path, kind, bits, step):
+    import gguf_weights
+
+    source = gguf_files.write(tmp_path / "model.gguf", Folder.read(GOLDEN / "llama_gqa_tied"), gguf_files.Kind.Q8_0)
+    gguf_weights.convert(source, tmp_path / "other.gguf", kind)
+    read = gguf.GGUFReader(tmp_path / "other.gguf")
+    assert {one.tensor_type.name for one in read.tensors if len(one.shape) > 1} == {kind}
+    vectors = sum(int(one.n_elements) for one in read.tensors if len(one.shape) == 1)  # in 32 bits
+    elements = sum(int(one.n_elements) for one in read.tensors)
+    assert gguf_weights.bits(tmp_path / "other.gguf") == pytest.approx(bits + (32 - bits) * vectors / elements)
+    then, now = (jax.tree.leaves(GGUFFile(path).decoder(FLOAT32)) for path in (source, tmp_path / "other.gguf"))
+    assert all(np.abs(a - b).max() <= step * np.abs(a).max() for a, b in zip(then, now, strict=True))
 
 
 @pytest.fixture(scope="module")
