@@ -7,6 +7,7 @@ import math
 import pathlib
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import gguf
 import numpy as np
@@ -61,6 +62,49 @@ def quantised(tensor: np.ndarray, kind: Kind) -> tuple[np.ndarray, Kind]:
         scales = rng.uniform(-0.01, 0.01, (len(blocks), 1)).astype(np.float16)
         blocks[:, place : place + 2] = scales.view(np.uint8)
     return blocks.reshape(len(tensor), -1), kind
+
+
+def wide(model_type: str) -> Folder:
+    """One layer whose rows are blocks of 256, as K-quants need."""
+    fields: dict[str, Any] = {
+        "model_type": model_type,
+        "vocab_size": 32,
+        "hidden_size": 256,
+        "intermediate_size": 256,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "original_max_position_embeddings": 512,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    }
+    if model_type == "qwen3":
+        fields["head_dim"] = 128
+    if model_type != "phi3":
+        del fields["original_max_position_embeddings"]
+    head = fields.get("head_dim", 64)
+    query, key = 4 * head, 2 * head
+    shapes = {
+        "self_attn.o_proj.weight": (256, query),
+        "mlp.down_proj.weight": (256, 256),
+        "input_layernorm.weight": (256,),
+        "post_attention_layernorm.weight": (256,),
+    }
+    if model_type == "phi3":
+        shapes |= {"self_attn.qkv_proj.weight": (query + 2 * key, 256), "mlp.gate_up_proj.weight": (512, 256)}
+    else:
+        rows = {"q": query, "k": key, "v": key}
+        shapes |= {f"self_attn.{name}_proj.weight": (count, 256) for name, count in rows.items()}
+        shapes |= {f"mlp.{name}_proj.weight": (256, 256) for name in ("gate", "up")}
+        if model_type == "qwen2":
+            shapes |= {f"self_attn.{name}_proj.bias": (count,) for name, count in rows.items()}
+        if model_type == "qwen3":
+            shapes |= {f"self_attn.{name}_norm.weight": (head,) for name in "qk"}
+    shapes = {f"model.layers.0.{name}": shape for name, shape in shapes.items()}
+    shapes |= {"model.embed_tokens.weight": (32, 256), "model.norm.weight": (256,), "lm_head.weight": (32, 256)}
+    rng = np.random.default_rng(0)
+    return Folder(fields, {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()})
 
 
 def dequantised(folder: Folder, kind: Kind | KindOf) -> Folder:

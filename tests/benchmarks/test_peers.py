@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from model_files import FLOAT32, GOLDEN, Folder
+from model_files import FLOAT32, GOLDEN
 
 from gemfilter_jax.checkpoints.gguf_file import GGUFFile
 from gemfilter_jax.checkpoints.hf_folder import HuggingFaceFolder
@@ -245,7 +245,7 @@ def test_page_script_prints_the_page(tmp_path):
 def test_weights_of_other_bits_are_those_of_the_file(modules, tmp_path, kind, bits, step):
     import gguf_weights
 
-    source = gguf_files.write(tmp_path / "model.gguf", Folder.read(GOLDEN / "llama_gqa_tied"), gguf_files.Kind.Q8_0)
+    source = gguf_files.write(tmp_path / "model.gguf", gguf_files.wide("llama"), gguf_files.Kind.Q8_0)
     gguf_weights.convert(source, tmp_path / "other.gguf", kind)
     read = gguf.GGUFReader(tmp_path / "other.gguf")
     assert {one.tensor_type.name for one in read.tensors if len(one.shape) > 1} == {kind}

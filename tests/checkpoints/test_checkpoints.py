@@ -1,7 +1,6 @@
 """Every way into a model gives the same model: shards, one file, GGUF with its quantised forms, old configs."""
 
 import dataclasses
-from typing import Any
 
 import bounds
 import gguf_files
@@ -82,53 +81,10 @@ def test_gguf_holds_the_same_weights(tmp_path, variant):
     assert_gguf_holds(tmp_path, Folder.read(GOLDEN / variant), Kind.Q8_0)
 
 
-def wide(model_type: str) -> Folder:
-    """One layer whose rows are blocks of 256, as K-quants need."""
-    fields: dict[str, Any] = {
-        "model_type": model_type,
-        "vocab_size": 32,
-        "hidden_size": 256,
-        "intermediate_size": 256,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "original_max_position_embeddings": 512,
-        "rms_norm_eps": 1e-6,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    }
-    if model_type == "qwen3":
-        fields["head_dim"] = 128
-    if model_type != "phi3":
-        del fields["original_max_position_embeddings"]
-    head = fields.get("head_dim", 64)
-    query, key = 4 * head, 2 * head
-    shapes = {
-        "self_attn.o_proj.weight": (256, query),
-        "mlp.down_proj.weight": (256, 256),
-        "input_layernorm.weight": (256,),
-        "post_attention_layernorm.weight": (256,),
-    }
-    if model_type == "phi3":
-        shapes |= {"self_attn.qkv_proj.weight": (query + 2 * key, 256), "mlp.gate_up_proj.weight": (512, 256)}
-    else:
-        rows = {"q": query, "k": key, "v": key}
-        shapes |= {f"self_attn.{name}_proj.weight": (count, 256) for name, count in rows.items()}
-        shapes |= {f"mlp.{name}_proj.weight": (256, 256) for name in ("gate", "up")}
-        if model_type == "qwen2":
-            shapes |= {f"self_attn.{name}_proj.bias": (count,) for name, count in rows.items()}
-        if model_type == "qwen3":
-            shapes |= {f"self_attn.{name}_norm.weight": (head,) for name in "qk"}
-    shapes = {f"model.layers.0.{name}": shape for name, shape in shapes.items()}
-    shapes |= {"model.embed_tokens.weight": (32, 256), "model.norm.weight": (256,), "lm_head.weight": (32, 256)}
-    rng = np.random.default_rng(0)
-    return Folder(fields, {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()})
-
-
 @pytest.mark.parametrize("model_type", ["llama", "phi3", "qwen2", "qwen3"])
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_gguf_holds_the_dequantised_weights(tmp_path, model_type, kind):
-    folder = wide(model_type)
+    folder = gguf_files.wide(model_type)
     stored = [gguf_files.quantised(tensor, kind)[1] for tensor in folder.tensors.values() if tensor.ndim == 2]
     assert set(stored) == {kind}
     assert_gguf_holds(tmp_path, folder, kind)
@@ -145,7 +101,7 @@ def test_gguf_of_mixed_kinds(tmp_path, model_type):
             return Kind.Q5_0
         return Kind.Q8_0 if "k_proj" in name else Kind.Q4_K
 
-    folder = wide(model_type)
+    folder = gguf_files.wide(model_type)
     kinds = {gguf_files.quantised(tensor, kind_of(name))[1] for name, tensor in folder.tensors.items()}
     assert kinds >= {Kind.F32, Kind.Q4_K, Kind.Q5_0, Kind.Q6_K}
     assert_gguf_holds(tmp_path, folder, kind_of)
