@@ -14,7 +14,11 @@ from collections.abc import Callable, Iterator
 import hlo_traffic
 import jax
 import pytest
+from flax import nnx
 from jax.experimental import topologies
+
+from gemfilter_jax.models.layer import replaced
+from gemfilter_jax.models.transformer import Decoder
 
 _GPU = """
     platform_name: "CUDA" device_description_str: "{name}" dnn_version_info {{ major: 9 minor: 8 }}
@@ -54,8 +58,18 @@ def compiled(file: str, target: str) -> dict[str, dict[str, int]]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def main(programs: Programs) -> None:
-    """Compile programs for one GPU of the kind that the command line names. A kernel that spills registers fails."""
+def unstacked(model: Decoder) -> Decoder:
+    """A decoder of shapes as GPUs hold it; see `Decoder.unstacked`, which needs arrays."""
+    own = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), model.layers)
+    return replaced(model, layers=nnx.List([own] * model.held_layers))
+
+
+def main(programs: Programs, *, count_moved: bool = False) -> None:
+    """Compile programs for one GPU of the kind that the command line names. A kernel that spills registers fails.
+
+    Args:
+      count_moved: count bytes of an iteration of the entry's only loop.
+    """
     target = _TARGETS[sys.argv[1]]
     topology = topologies.get_topology_desc("", "cuda", target_config=_GPU.format(**target), topology="1x1x1")
     gpu = jax.sharding.SingleDeviceSharding(topology.devices[0])
@@ -77,7 +91,7 @@ def main(programs: Programs) -> None:
             "aliased": memory.alias_size_in_bytes,
             "kernels": len(re.findall(r'custom_call_target="(?:__gpu\$xla\.gpu\.triton|mosaic_gpu)', text)),
             "launches": of_loop,
-            "moved": hlo_traffic.per_iteration(text) if of_loop else 0,
+            "moved": hlo_traffic.per_iteration(text) if count_moved else 0,
         }
     print(json.dumps(found))
 

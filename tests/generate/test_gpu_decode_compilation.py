@@ -8,13 +8,11 @@ import hlo_traffic
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx
 from gpu_compiler import every_target
 
 from gemfilter_jax.checkpoints.weights import Loading, abstract_decoder
 from gemfilter_jax.generate import loop
 from gemfilter_jax.methods.gemfilter.method import GemFilter
-from gemfilter_jax.models.layer import replaced
 from gemfilter_jax.planning import models, programs
 from gemfilter_jax.planning.programs import Request
 
@@ -96,9 +94,7 @@ def test_a_token_is_one_graph(target):
 @functools.cache
 def _model_and_state():
     config = dataclasses.replace(models.config_of("llama-3.1-8b"), layers=_LAYERS)
-    stacked = abstract_decoder(config, Loading(dtype=jnp.dtype(jnp.bfloat16)))
-    own = [jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), stacked.layers)] * _LAYERS
-    model = replaced(stacked, layers=nnx.List(own))
+    model = gpu_compiler.unstacked(abstract_decoder(config, Loading(dtype=jnp.dtype(jnp.bfloat16))))
     request = Request(config, tokens=32768, method=GemFilter(filter_layer=1, keep=_KEPT), new_tokens=_NEW)
     return model, programs.decode(programs.prefill(model, request)).arguments[0]
 
@@ -111,4 +107,4 @@ def _decode(gpu: jax.sharding.Sharding) -> jax.stages.Lowered:
 
 
 if __name__ == "__main__":
-    gpu_compiler.main(iter([("decode", _decode)]))
+    gpu_compiler.main(iter([("decode", _decode)]), count_moved=True)

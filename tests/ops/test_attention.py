@@ -144,6 +144,15 @@ def _traced_on(kind: str, call: Callable[[], object]) -> None:
     jax.eval_shape(collectives.shard_map(mesh, program, (None,), PartitionSpec()), jnp.zeros(1))
 
 
+@pytest.mark.parametrize(("size", "lengths"), [(5, [3]), (512, [512]), (1300, [512, 1299]), (1300, [1, 1024, 1300])])
+def test_cudnn_leaves_zeros_in_padding_and_all_else_as_it_is(size, lengths):
+    """Whatever lies there, NaN too."""
+    rng, real = np.random.default_rng(0), np.arange(size) < np.array(lengths)[:, None]
+    x = np.where(real[..., None, None], rng.normal(size=(len(lengths), size, 2, 4)), np.nan).astype(np.float32)
+    cleared = jax.jit(cudnn.without_padding)(x, jnp.array(lengths))
+    np.testing.assert_array_equal(cleared, np.where(real[..., None, None], x, 0))
+
+
 @pytest.mark.parametrize(
     ("kind", "refused"),
     [("NVIDIA A100", False), ("Tesla V100", True), ("AMD MI300", True), ("NVIDIA unheard-of", False)],

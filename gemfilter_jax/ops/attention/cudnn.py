@@ -1,10 +1,14 @@
 """Attention on NVIDIA GPUs by cuDNN's flash attention, through `jax.nn.dot_product_attention`."""
 
+from typing import Final
+
 import jax
 import jax.numpy as jnp
 
 from gemfilter_jax.ops.attention.visibility import TriShape, refuse_positions, static_window
 from gemfilter_jax.ops.dispatch import check_compute_capability
+
+_BLOCK: Final = 512
 
 
 def causal(
@@ -53,4 +57,19 @@ def causal(
         if isinstance(error, NotImplementedError):
             raise
         raise NotImplementedError(str(error)) from error
-    return jnp.where((jnp.arange(q.shape[1]) < lengths[:, None])[..., None, None], out, 0)
+    return without_padding(out, lengths)
+
+
+def without_padding(x: jax.Array, lengths: jax.Array) -> jax.Array:
+    """x [B, S, ...] with zeros in rows from `lengths` [B] on, in place: only blocks with such rows are touched."""
+    size = x.shape[1]
+    block = min(_BLOCK, size)
+
+    def clear(index: jax.Array, x: jax.Array) -> jax.Array:
+        start = jnp.minimum(index * block, size - block)
+        rows = jax.lax.dynamic_slice_in_dim(x, start, block, 1)
+        real = start + jnp.arange(block) < lengths[:, None]
+        cleared = jnp.where(real.reshape(*real.shape, *(1,) * (x.ndim - 2)), rows, 0)
+        return jax.lax.dynamic_update_slice_in_dim(x, cleared, start, 1)
+
+    return jax.lax.fori_loop(lengths.min() // block, -(-size // block), clear, x)
