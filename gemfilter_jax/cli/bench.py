@@ -3,8 +3,9 @@
 gemfilter bench --lengths=1024,2048,4096,8000 --keep=512 --output=bench.json --plot=bench.png
 gemfilter bench --random_weights --shape=llama-3.1-8b --lengths=32768,130000 --filter_attentions=tri_shape,dense
 
-Tables show medians. The JSON has every run, and which share of this device's matrix products and copies each stage
-reaches. It is written anew after each length and batch, so that a run which is cut leaves what it has measured.
+Tables show medians. The JSON has every run, and which share each stage reaches of the speed of a large matrix product
+or copy on this device. It is written anew after each length and batch, so that a run which is cut leaves what it has
+measured.
 """
 
 import dataclasses
