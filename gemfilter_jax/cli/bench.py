@@ -89,7 +89,8 @@ def main(_: list[str]) -> None:
     model = options.load_pipeline(FLAGS, opened=_random_weights())
     contestants = _contestants(model)
     rows: list[Row] = []
-    with terminal.status(options.console(), "measuring"):
+    wanted, console = len(contestants) * len(lengths) * len(batches), options.console()
+    with terminal.status(console, "measuring"):
         measured = ceilings.measure(model.checkpoint.model.dtype)
         made = bench.run(
             model,
@@ -102,7 +103,10 @@ def main(_: list[str]) -> None:
         )
         for more in made:
             rows += more
-            finished = len(rows) == len(contestants) * len(lengths) * len(batches)
+            finished = len(rows) == wanted
+            if not finished:
+                place = f"{more[0].prompt_tokens:,} tokens, batch {more[0].batch}"
+                terminal.remark(console, f"measured {place}: {len(rows)} of {wanted} rows")
             if FLAGS.output and processes.is_first() and (finished or files.is_plain(FLAGS.output)):
                 result = _heading(model, contestants, lengths, batches, measured) | {
                     "finished": finished,
