@@ -34,7 +34,8 @@ Prompts beyond a model's context tell of bytes and seconds alone. The shape of P
 in place of the published ones, which changes no byte and no operation. A length without a row has not been planned.
 
 - GB: on one chip, of its memory; *weights* are held, *filter* and *answer* are the most that stage 1 and stage 2 take.
-- TFLOP, GB read, GB sent: of one chip, in the filter pass.
+- TFLOP, GB read, GB sent: of one chip, in the filter pass. In a ring a chip sends more than the arrays that it hands
+  over, which `gemfilter plan` prints as exchanged.
 - GB a token: that one chip reads for each decoded token.
 - Seconds: filter pass, prefill and decode of GemFilter; prefill and decode of full attention.
 """

@@ -18,6 +18,7 @@ long     the same shape and 1,000,000 tokens, by the default rule alone: long.js
 
 The exit status is 1 if a check fails or a part does not end in its time, and 2 if something is missing.
 
+environment:
 PYTHON   the interpreter, which has gemfilter_jax's requirements and jax for GPUs, such as .venv-gpu/bin/python of
          launch/gpu_node.sh; kernels needs jax, einops and absl-py alone (default: python3)
 USAGE
@@ -44,7 +45,6 @@ esac
 python=${PYTHON:-python3}
 command -v "$python" >/dev/null || fail "$python is missing; name an interpreter in PYTHON"
 folder=$(realpath -m "${1:-gpu_check}")
-mkdir -p "$folder" 2>/dev/null && [ -w "$folder" ] || fail "$folder cannot be written; name another folder"
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
@@ -56,6 +56,7 @@ print(*(name for name in sys.argv[1:] if importlib.util.find_spec(name) is None)
 [ -z "$missing" ] || fail "$python lacks $missing; pip install -e '.[gpu]' there, or name another in PYTHON"
 found=$("$python" -c "import jax; print(jax.default_backend(), jax.__version__, *jax.devices())" 2>/dev/null) || found=
 [ "${found%% *}" = gpu ] || fail "jax of $python finds no GPU, only: ${found:-nothing}; see nvidia-smi and jax[cuda13]"
+mkdir -p "$folder" 2>/dev/null && [ -w "$folder" ] || fail "$folder cannot be written; name another folder"
 
 gemfilter() {
     seconds=$1
@@ -87,7 +88,7 @@ run() {
 
 failed=
 for part in $parts; do
-    echo "$part" >&2
+    echo "$part, results in $folder" >&2
     run "$part" || failed="$failed $part"
 done
 [ -z "$failed" ] || {

@@ -3,11 +3,11 @@
 python benchmarks/peers/page.py RESULT.json > RESULT.md
 """
 
+import argparse
 import itertools
 import json
 import pathlib
 import statistics
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -134,7 +134,18 @@ def markdown(result: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("result", type=pathlib.Path, help="the JSON file that compare.py wrote")
+    path = parser.parse_args().result
+    try:
+        made = markdown(json.loads(path.read_text()))
+    except OSError as error:
+        parser.error(f"{path} cannot be read: {error.strerror}")
+    except (ValueError, KeyError, TypeError):
+        parser.error(f"{path} is not a result of this version of compare.py")
+    print(made, end="")
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("give the JSON file that compare.py wrote")
-    print(markdown(json.loads(pathlib.Path(sys.argv[1]).read_text())), end="")
+    _main()

@@ -3,8 +3,9 @@
 gemfilter bench --lengths=1024,2048,4096,8000 --keep=512 --output=bench.json --plot=bench.png
 gemfilter bench --random_weights --shape=llama-3.1-8b --lengths=32768,130000 --filter_attentions=tri_shape,dense
 
-Tables show medians. The JSON has every run, and which share of this device's matrix products and copies each stage
-reaches. It is written anew after each length and batch, so that a run which is cut leaves what it has measured.
+Tables show medians. The JSON has every run, and which share each stage reaches of the speed of a large matrix product
+or copy on this device. It is written anew after each length and batch, so that a run which is cut leaves what it has
+measured.
 """
 
 import dataclasses
@@ -88,7 +89,8 @@ def main(_: list[str]) -> None:
     model = options.load_pipeline(FLAGS, opened=_random_weights())
     contestants = _contestants(model)
     rows: list[Row] = []
-    with terminal.status(options.console(), "measuring"):
+    wanted, console = len(contestants) * len(lengths) * len(batches), options.console()
+    with terminal.status(console, "measuring"):
         measured = ceilings.measure(model.checkpoint.model.dtype)
         made = bench.run(
             model,
@@ -101,7 +103,10 @@ def main(_: list[str]) -> None:
         )
         for more in made:
             rows += more
-            finished = len(rows) == len(contestants) * len(lengths) * len(batches)
+            finished = len(rows) == wanted
+            if not finished:
+                place = f"{more[0].prompt_tokens:,} tokens, batch {more[0].batch}"
+                terminal.remark(console, f"measured {place}: {len(rows)} of {wanted} rows")
             if FLAGS.output and processes.is_first() and (finished or files.is_plain(FLAGS.output)):
                 result = _heading(model, contestants, lengths, batches, measured) | {
                     "finished": finished,

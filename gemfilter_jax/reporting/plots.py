@@ -224,7 +224,8 @@ def time_and_memory(rows: "Sequence[Row]", title: str, path: str, *, memory: str
     for axes, label in zip(panels, values, strict=True):
         axes.set(xlabel="prompt tokens", ylabel=label, ylim=(0, None))
         axes.grid(alpha=0.3)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=9)
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside right center", fontsize=9, handlelength=4)  # so that dashes are seen
     figure.suptitle(printable(title), fontsize=11)
     _write(figure, path)
 

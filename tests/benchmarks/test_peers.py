@@ -241,6 +241,27 @@ def test_page_script_prints_the_page(tmp_path):
     assert ran.stdout.startswith("# This project beside others")
 
 
+@pytest.mark.parametrize(
+    ("content", "told"), [(None, "cannot be read"), ("{", "is not a result"), ('{"rows": []}', "is not a result")]
+)
+def test_page_script_tells_in_a_line_what_is_no_result(modules, tmp_path, monkeypatch, capsys, content, told):
+    file = tmp_path / "RESULT.json"
+    if content is not None:
+        file.write_text(content)
+    monkeypatch.setattr(sys, "argv", ["page.py", str(file)])
+    with pytest.raises(SystemExit) as ended:
+        modules[1]._main()
+    assert ended.value.code == 2
+    assert f"{file} {told}" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_committed_pages_are_of_the_committed_results(modules):
+    results = list(PEERS.glob("*.json"))
+    assert results
+    for result in results:
+        assert result.with_suffix(".md").read_text() == modules[1].markdown(json.loads(result.read_text()))
+
+
 @pytest.mark.parametrize(("kind", "bits", "step"), [("F32", 32.0, 0), ("F16", 16.0, 2**-11), ("Q8_0", 8.5, 1 / 127)])
 def test_weights_of_other_bits_are_those_of_the_file(modules, tmp_path, kind, bits, step):
     import gguf_weights

@@ -227,8 +227,9 @@ def test_the_file_holds_all_runs_and_what_they_were_made_with(model, monkeypatch
     assert (told["dtype"], told["weights"]) == ("float32", "float")
     assert told["environment"]["jax"]
     assert [one["options"].get("filter_attention") for one in told["methods"]] == ["auto", "dense", None]
-    printed = capsys.readouterr().out
+    printed, remarks = capsys.readouterr()
     assert printed.count("default auto") == printed.count("default dense") == 2
+    assert remarks.endswith(f"tokens, batch {BATCH}: 3 of 6 rows\n")
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -54,12 +54,13 @@ def check(tmp_path):
         (("/proc/no",), {}, "/proc/no cannot be written"),
     ],
 )
-def test_what_is_missing_is_told_in_a_line(check, arguments, environment, said):
+def test_what_is_missing_is_told_in_a_line_and_nothing_is_made(check, tmp_path, arguments, environment, said):
     status, errors, calls = check(*arguments, **environment)
     assert (status, calls) == (2, [])
     assert said in errors
     assert errors.startswith("gpu_check.sh: ")
     assert len(errors.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["python"]
 
 
 def test_all_parts_run_and_a_failure_does_not_end_them(check, tmp_path):
@@ -80,7 +81,7 @@ def test_all_parts_run_and_a_failure_does_not_end_them(check, tmp_path):
 )
 def test_a_part_alone(check, tmp_path, part, results):
     status, errors, calls = check(part)
-    assert (status, errors) == (0, f"{part}\n")
+    assert (status, errors) == (0, f"{part}, results in {tmp_path}/gpu_check\n")
     assert [re.findall(rf"{tmp_path}/gpu_check/(\S+)", call)[0] for call in calls] == results
 
 
