@@ -16,10 +16,12 @@ import tiny
 from model_files import GOLDEN, Folder
 from refusals import refusal
 
+from gemfilter_jax import files
 from gemfilter_jax.buckets import bucket
 from gemfilter_jax.checkpoints import RandomWeights
 from gemfilter_jax.cli import bench as command
 from gemfilter_jax.cli import options
+from gemfilter_jax.errors import UserError
 from gemfilter_jax.evals import bench
 from gemfilter_jax.evals.runner import Contestant
 from gemfilter_jax.planning import ceilings
@@ -224,7 +226,8 @@ def test_the_file_holds_all_runs_and_what_they_were_made_with(model, monkeypatch
     assert told["shape"]["parameters"] == weights + untied
     assert told["shape"]["weight_bytes"] == 4 * (weights + untied)
     assert [told["shape"][name] for name in ("layers", "width", "heads", "kv_heads")] == [4, 32, 4, 2]
-    assert (told["dtype"], told["weights"]) == ("float32", "float")
+    assert (told["dtype"], told["weights"], told["attention"]) == ("float32", "float", "auto")
+    assert told["mesh"] == {"data": 1, "seq": 1, "model": 1}
     assert told["environment"]["jax"]
     assert [one["options"].get("filter_attention") for one in told["methods"]] == ["auto", "dense", None]
     printed = capsys.readouterr().out
@@ -249,6 +252,19 @@ def test_a_run_that_is_cut_leaves_the_lengths_that_are_done(model, monkeypatch, 
     assert (told["finished"], told["lengths"]) == (False, [70, 74])
     assert [row["method"] for row in told["rows"]] == ["default", "bm25"]
     assert os.listdir(tmp_path) == ["bench.json"]
+
+
+def test_what_is_measured_is_shown_when_it_cannot_be_written(rows, model, monkeypatch, tmp_path, capsys):
+    def full(path, _):
+        raise UserError(f"{path}: cannot be written (No space left on device)")
+
+    monkeypatch.setattr(bench, "run", lambda *_, **__: [rows[:4], rows[4:]])
+    monkeypatch.setattr(files, "write_whole", full)
+    made = tmp_path / "bench.json"
+    assert "No space left" in (refusal(_main, monkeypatch, model, *SMALL, f"--output={made}") or "")
+    shown = capsys.readouterr().out
+    assert shown.count(f" {rows[0].prompt_tokens} ") >= 4  # the first length's rows; the second was not reached
+    assert f" {rows[4].prompt_tokens} " not in shown
 
 
 @pytest.mark.exhaustive
