@@ -177,6 +177,27 @@ def test_measured_ceilings_are_above_what_this_model_reaches(rows, monkeypatch):
     assert all(0 < share < 1.2 for share in shares if share is not None)
 
 
+@pytest.mark.parametrize(
+    ("files", "apart"),
+    [
+        ({"clear_refs": "", "status": "VmHWM:\t    12 kB\n"}, True),
+        ({"clear_refs": "", "status": "VmRSS:\t    12 kB\n"}, False),
+        ({"status": "VmHWM:\t    12 kB\n"}, False),
+        ({}, False),
+    ],
+)
+def test_memory_is_that_of_the_largest_program_where_the_system_tells_no_peak(
+    rows, monkeypatch, tmp_path, files, apart
+):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(bench, "_PROCESS", tmp_path)
+    bench._reset_peak()
+    assert bench.peak_memory() == (12 * 1024 if apart else 0)
+    assert rows[0].memory == (rows[0].peak_bytes if apart else rows[0].work.largest_program_bytes)
+    assert bench.memory_shown() == ("peak memory" if apart else "memory of the largest program")
+
+
 def test_one_new_token_has_no_decode_step(model):
     (row,) = _measured(model, contestants(model)[:1], LENGTHS[:1], new_tokens=1)
     assert "decode_step_seconds" not in row.median
@@ -187,6 +208,14 @@ def test_a_prompt_beyond_the_context_is_refused_before_any_run(model, monkeypatc
     monkeypatch.setattr(bench, "_rows", None)  # called by a run
     message = refusal(_measured, model, contestants(model), [40, 300])
     assert "exceed the model's context of 256" in message
+
+
+@pytest.mark.parametrize("name", ["default", "bm25"])
+def test_a_budget_too_small_for_the_question_is_refused_before_any_run(model, monkeypatch, name):
+    monkeypatch.setattr(bench, "_rows", None)
+    small = Contestant(name, 4, model.method(name, keep=4))
+    message = refusal(_measured, model, [*contestants(model)[:1], small], LENGTHS)
+    assert "keep is 4, but the template and the question alone are" in message
 
 
 def _main(monkeypatch, model, *given: str, loaded: list | None = None) -> None:
