@@ -9,8 +9,11 @@ import statistics
 import subprocess
 import sys
 import time
+import types
 
 import gguf_files
+import jax
+import jax.numpy as jnp
 import pytest
 import tiny
 from model_files import GOLDEN, Folder
@@ -18,14 +21,18 @@ from refusals import refusal
 
 from gemfilter_jax import files
 from gemfilter_jax.buckets import bucket
+from gemfilter_jax.calls import Call
 from gemfilter_jax.checkpoints import RandomWeights
 from gemfilter_jax.cli import bench as command
 from gemfilter_jax.cli import options
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.evals import bench
 from gemfilter_jax.evals.runner import Contestant
+from gemfilter_jax.generate import loop
+from gemfilter_jax.pipeline import Pipeline
 from gemfilter_jax.planning import ceilings
 from gemfilter_jax.planning.ceilings import Ceilings
+from gemfilter_jax.results import KeptText, Result
 
 CONFIG = tiny.CONFIG
 KEEP, NEW_TOKENS, BATCH, REPEATS = 80, 4, 2, 2
@@ -103,6 +110,44 @@ def test_measures_of_each_run_and_over_the_runs(rows):
                 assert own["full_to_this_ratio"] == of_full["total_seconds"] / own["total_seconds"]
 
 
+def test_compilation_is_apart_and_the_peak_is_the_highest_of_the_runs(rows, model, monkeypatch):
+    """Of runs whose seconds and peaks are known; no stop token ends one."""
+    stopping = dataclasses.replace(model, checkpoint=dataclasses.replace(model.checkpoint, stop_tokens=(1,)))
+    events, compiling, peaks = [], iter([100.0, 7.0, 0.0, 0.0]), iter([30, 50, 40])
+
+    def answer(self, texts, questions, *, method, max_new_tokens):
+        events.append((len(texts), max_new_tokens, self.checkpoint.stop_tokens))
+        seconds = {"compile": next(compiling), "tokenize": 1.0, "prefill": 2.0, "decode": 3.0}
+        return [Result("", (), "length", KeptText("", 3, (0, 1, 2), ()), seconds)] * len(texts)
+
+    monkeypatch.setattr(Pipeline, "generate_batch", answer)
+    monkeypatch.setattr(bench, "_reset_peak", lambda: events.append("reset"))
+    monkeypatch.setattr(bench, "peak_memory", lambda: next(peaks))
+    monkeypatch.setattr(bench, "_work", lambda _: rows[0].work)
+    (row,) = _measured(stopping, contestants(model)[:1], LENGTHS[:1], repeats=3)
+    a_run = (BATCH, NEW_TOKENS, ())
+    assert events == [a_run, *["reset", a_run] * 3]
+    assert (row.compile_seconds, row.peak_bytes) == (100, 50)
+    assert [run["total_seconds"] for run in row.runs] == [6, 6, 6]
+    assert row.median["first_token_seconds"] == 3
+    assert row.median["tokens_per_second"] == BATCH * NEW_TOKENS / 6
+
+
+def test_bytes_of_a_program_are_its_arguments_results_and_temporaries():
+    x, small = jnp.ones((256, 256)), 4096  # the code, and what the compiler aligns
+    whole = Call(jax.jit(lambda x, y: x @ y), (x, x), {})
+    assert 3 * x.nbytes <= bench._program_bytes(whole) < 3 * x.nbytes + small
+    in_place = Call(jax.jit(lambda x: x + 1, donate_argnums=0), (x,), {})
+    assert x.nbytes <= bench._program_bytes(in_place) < x.nbytes + small
+
+
+@pytest.mark.parametrize("largest", ["score_prompt", "prefill", "decode"])
+def test_the_largest_program_may_be_any(model, monkeypatch, largest):
+    monkeypatch.setattr(bench, "_program_bytes", lambda call: 9 if call.function.__name__ == largest else 1)
+    (row,) = _measured(model, contestants(model)[1:2], LENGTHS[:1])
+    assert row.work.largest_program_bytes == 9
+
+
 def _row(rows, method, attention=None):
     return next(row for row in rows if (row.method, row.filter_attention) == (method, attention))
 
@@ -153,6 +198,14 @@ def test_a_decode_step_reads_the_weights_and_the_cache_as_allocated(rows):
     cache = 2 * 4 * CONFIG.layers * BATCH * slots * CONFIG.kv_heads * CONFIG.head_width
     assert row.work.decode_step_bytes == weights + cache
     assert row.work.largest_program_bytes > weights + cache
+
+
+def test_a_decode_step_reads_an_lm_head_in_place_of_the_embedding(monkeypatch):
+    monkeypatch.setattr(bench, "_program_bytes", lambda _: 1)
+    sizes = {"layers": 3, "final_norm": 5, "embedding": 700, "lm_head": 11}
+    model = types.SimpleNamespace(**{name: jnp.zeros(size, jnp.int8) for name, size in sizes.items()})
+    state = types.SimpleNamespace(cache=types.SimpleNamespace(keys=jnp.zeros(13), values=jnp.zeros(17)))
+    assert bench._work([Call(loop.decode, (model, state), {})]).decode_step_bytes == 3 + 5 + 11 + 4 * (13 + 17)
 
 
 def test_shares_of_ceilings(rows):
