@@ -78,7 +78,9 @@ class Pipeline:
     def check_prompt(self, text: str, question: str | None, method: Method, max_new_tokens: int) -> None:
         """Raise a `UserError` if `generate` would find these settings, or the prompt's length, invalid."""
         self.check(method, max_new_tokens)
-        self._check_room([self._encode(text, question, method)], method, max_new_tokens)
+        prompt = self._encode(text, question, method)
+        method.check_prompt(self.checkpoint.model, prompt)
+        self._check_room([prompt], method, max_new_tokens)
 
     def _check_context(self, max_new_tokens: int) -> None:
         context = self.checkpoint.model.config.context
@@ -230,8 +232,6 @@ class Pipeline:
         max_new_tokens, on_text = answering.max_new_tokens, answering.on_text
         longest = max(len(one.indices) for one in kept)
         self._check_room(prompts, method, max_new_tokens, kept=longest)
-        if method.eviction is not None:
-            loop.check_eviction(model.config, map(len, prompts), max_new_tokens)
         width = bucket(longest)
         parts = sharding.shape_of(model.mesh).generating(model.config).data
         rows = sharding.evenly(list(zip(prompts, kept, strict=True)), parts)
@@ -278,6 +278,8 @@ class Pipeline:
             may yet keep any number.
         """
         self._check_context(max_new_tokens)
+        if method.eviction is not None:
+            loop.check_eviction(self.checkpoint.model.config, map(len, prompts), max_new_tokens)
         context, longest = self.checkpoint.model.config.context, max(map(len, prompts))
         of_prompts = method.budget is None or method.eviction is not None or method.keeps_positions
         budget = method.keep_shown if isinstance(method.keep_shown, int) else 0

@@ -276,7 +276,7 @@ def _main() -> None:
         result = _compare(arguments)
         files.write_whole(arguments.output, json.dumps(result, indent=1) + "\n")
         files.write_whole(written, page.markdown(result))
-    except (UserError, WorkerError) as error:
+    except (UserError, WorkerError, OSError) as error:
         parser.error(str(error))
 
 

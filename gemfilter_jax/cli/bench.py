@@ -10,12 +10,13 @@ measured.
 
 import dataclasses
 import json
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from gemfilter_jax import files, methods
-from gemfilter_jax.cli import command, options
+from gemfilter_jax.cli import command, options, signals
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.methods.gemfilter.method import GemFilter
 from gemfilter_jax.parallel import processes
@@ -83,44 +84,56 @@ def main(_: list[str]) -> None:
     _check_shape()
 
     from gemfilter_jax.evals import bench
-    from gemfilter_jax.planning import ceilings
     from gemfilter_jax.reporting import bench_tables, plots, terminal
 
     model = options.load_pipeline(FLAGS, opened=_random_weights())
-    contestants = _contestants(model)
-    rows: list[Row] = []
-    wanted, console = len(contestants) * len(lengths) * len(batches), options.console()
-    with terminal.status(console, "measuring"):
-        measured = ceilings.measure(model.checkpoint.model.dtype)
-        made = bench.run(
-            model,
-            contestants,
-            lengths,
-            batches=batches,
-            new_tokens=FLAGS.max_new_tokens,
-            repeats=FLAGS.repeats,
-            ceilings=measured,
-        )
-        for more in made:
-            rows += more
-            finished = len(rows) == wanted
-            if not finished:
-                place = f"{more[0].prompt_tokens:,} tokens, batch {more[0].batch}"
-                terminal.remark(console, f"measured {place}: {len(rows)} of {wanted} rows")
-            if FLAGS.output and processes.is_first() and (finished or files.is_plain(FLAGS.output)):
-                result = _heading(model, contestants, lengths, batches, measured) | {
-                    "finished": finished,
-                    "rows": [dataclasses.asdict(row) for row in rows],
-                }
-                files.write_whole(FLAGS.output, json.dumps(result, indent=1) + "\n")
-    if not processes.is_first():
-        return
     environment = bench.environment()
     title = f"{model.checkpoint.name} on {environment['device']}, {environment['machine']}, jax {environment['jax']}"
-    for table in bench_tables.tables(rows, title):
-        terminal.print_table(table)
-    if FLAGS.plot:
+    rows: list[Row] = []
+    console = options.console()
+    try:
+        with terminal.status(console, "measuring"):
+            _measure(model, lengths, batches, rows, lambda line: terminal.remark(console, line))
+    finally:  # a full disk or too little memory loses nothing that is measured
+        if processes.is_first():
+            for table in bench_tables.tables(rows, title):
+                terminal.print_table(table)
+    if FLAGS.plot and processes.is_first():
         plots.time_and_memory(rows, title, FLAGS.plot, memory=bench.memory_shown())
+
+
+def _measure(
+    model: "Pipeline", lengths: list[int], batches: list[int], rows: "list[Row]", remark: Callable[[str], None]
+) -> None:
+    """Append all rows to `rows` and write --output, after each length and batch, with a remark on all but the last."""
+    from gemfilter_jax.evals import bench
+    from gemfilter_jax.planning import ceilings
+
+    contestants = _contestants(model)
+    measured = ceilings.measure(model.checkpoint.model.dtype)
+    made = bench.run(
+        model,
+        contestants,
+        lengths,
+        batches=batches,
+        new_tokens=FLAGS.max_new_tokens,
+        repeats=FLAGS.repeats,
+        ceilings=measured,
+    )
+    wanted = len(contestants) * len(lengths) * len(batches)
+    for more in made:
+        rows += more
+        finished = len(rows) == wanted
+        if not finished:
+            place = f"{more[0].prompt_tokens:,} tokens, batch {more[0].batch}"
+            remark(f"measured {place}: {len(rows)} of {wanted} rows")
+        if FLAGS.output and processes.is_first() and (finished or files.is_plain(FLAGS.output)):
+            result = _heading(model, contestants, lengths, batches, measured) | {
+                "finished": finished,
+                "rows": [dataclasses.asdict(row) for row in rows],
+            }
+            files.write_whole(FLAGS.output, json.dumps(result, indent=1) + "\n")
+            signals.say_when_stopped(f"stopped; what was measured is in {FLAGS.output}")
 
 
 def _check_attentions() -> None:
@@ -177,6 +190,7 @@ def _heading(
 ) -> dict[str, Any]:
     """What a result file says of its run."""
     from gemfilter_jax.evals import bench
+    from gemfilter_jax.parallel import sharding
 
     return {
         "command": "bench",
@@ -184,6 +198,8 @@ def _heading(
         "shape": bench.shape(model.checkpoint.model),
         "dtype": str(model.checkpoint.model.dtype),
         "weights": FLAGS.weights,
+        "attention": FLAGS.attention,
+        "mesh": dataclasses.asdict(sharding.shape_of(model.checkpoint.model.mesh)),
         "environment": bench.environment(),
         "ceilings": dataclasses.asdict(ceilings),
         "lengths": lengths,

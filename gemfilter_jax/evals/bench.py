@@ -2,12 +2,12 @@
 
 import dataclasses
 import importlib.metadata
+import itertools
 import math
 import os
 import pathlib
 import platform
 import statistics
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -32,7 +32,9 @@ from gemfilter_jax.planning.costs import Costs
 from gemfilter_jax.results import Result
 from gemfilter_jax.timing import COMPILE
 
-_CLEAR_PEAK = "5"  # written to clear_refs, this resets the peak resident set; see proc(5)
+_PROCESS = pathlib.Path("/proc/self")  # see proc(5)
+_CLEAR_PEAK = "5"  # written to clear_refs, this resets the peak resident set
+_PEAK = "VmHWM"
 _STAGES = ("tokenize", "filter", "prefill", "decode")
 
 Measures = dict[str, float]
@@ -112,7 +114,7 @@ def environment() -> dict[str, str]:
         "gemfilter_jax": importlib.metadata.version("gemfilter_jax"),
         "memory": "peak resident set of the process"
         if peaks_are_apart()
-        else "peak bytes in use on the device, so far",
+        else "peak bytes in use on the device, so far; 0 where that is not known",
     }
 
 
@@ -144,13 +146,12 @@ def run(
     `new_tokens` tokens.
 
     Raises:
-      UserError: a method cannot serve the longest prompt; told before any run.
+      UserError: a method cannot serve one of the prompts; told before any run.
     """
     endless = dataclasses.replace(model, checkpoint=dataclasses.replace(model.checkpoint, stop_tokens=()))
     examples = {length: _example(model, length) for length in lengths}
-    longest = examples[max(lengths)]
-    for one in contestants:
-        endless.check_prompt(longest.text, longest.question, one.method, new_tokens)
+    for example, one in itertools.product(examples.values(), contestants):
+        endless.check_prompt(example.text, example.question, one.method, new_tokens)
     for length in lengths:
         for batch in batches:
             yield _rows(endless, contestants, examples[length], batch, new_tokens, repeats, ceilings)
@@ -287,17 +288,19 @@ def _program_bytes(call: Call) -> int:
 
 
 def peak_memory() -> int:
-    """Peak bytes: on CPU, the process's resident set since the last reset; on accelerators, device memory so far."""
+    """Peak bytes: of the process's resident set since the last reset where `peaks_are_apart`; else of device memory so
+    far, 0 where that is not known, as on CPU.
+    """
     if peaks_are_apart():
-        status = pathlib.Path("/proc/self/status").read_text()
-        line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+        status = (_PROCESS / "status").read_text()
+        line = next(line for line in status.splitlines() if line.startswith(_PEAK))
         return int(line.split()[1]) * 1024
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
 
 
 def _reset_peak() -> None:
     if peaks_are_apart():
-        pathlib.Path("/proc/self/clear_refs").write_text(_CLEAR_PEAK)
+        (_PROCESS / "clear_refs").write_text(_CLEAR_PEAK)
 
 
 def memory_shown() -> str:
@@ -306,5 +309,10 @@ def memory_shown() -> str:
 
 
 def peaks_are_apart() -> bool:
-    """Whether `peak_memory` is a run's own. Accelerators tell the highest peak so far, of all methods."""
-    return jax.default_backend() == "cpu" and sys.platform == "linux"
+    """Whether `peak_memory` is a run's own: on CPU, where Linux tells the peak and lets it be reset; gVisor does not.
+
+    Accelerators tell the highest peak so far, of all methods.
+    """
+    if jax.default_backend() != "cpu" or not os.access(_PROCESS / "clear_refs", os.W_OK):
+        return False
+    return _PEAK in (_PROCESS / "status").read_text()

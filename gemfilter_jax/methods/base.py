@@ -125,6 +125,11 @@ class Method(abc.ABC):
         del model
         settings.check(self)
 
+    def check_prompt(self, model: "Decoder", prompt: "Prompt") -> None:
+        """Raise a `UserError` if the method cannot serve this model and prompt."""
+        del prompt
+        self.check(model)
+
     def check_required(self, prompt: "Prompt", keep: int) -> None:
         """Raise a `UserError` if the template and the question of a prompt are more than `keep` tokens."""
         required = prompt.prefix_length + prompt.suffix_length
@@ -168,7 +173,7 @@ class Method(abc.ABC):
     ) -> list[Kept]:
         """The tokens of each prompt that the model answers from.
 
-        An override begins with `check`, keeps every token of `Prompt.required` and, for that, calls `check_required`.
+        An override begins with `check_prompt` of each, and keeps every token of `Prompt.required`.
 
         Args:
           watch: times what is done, in a stage "filter".

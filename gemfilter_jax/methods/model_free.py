@@ -38,6 +38,11 @@ class ModelFree(Method):
         """K."""
         return self.keep
 
+    def check_prompt(self, model: "Decoder", prompt: "Prompt") -> None:
+        """See `Method.check_prompt`."""
+        super().check_prompt(model, prompt)
+        self.check_required(prompt, self.keep)
+
     def select(
         self,
         model: "Decoder",
@@ -48,9 +53,8 @@ class ModelFree(Method):
     ) -> list[Kept]:
         """See `Method.select`."""
         del progress
-        self.check(model)
         for prompt in prompts:
-            self.check_required(prompt, self.keep)
+            self.check_prompt(model, prompt)
         with watch.stage("filter"):
             return [
                 Kept(self.kept(prompt)) if len(prompt) > self.keep else Kept.everything(prompt) for prompt in prompts

@@ -2,10 +2,12 @@
 
 import copy
 import functools
+import itertools
 import json
 import pathlib
 import subprocess
 import sys
+import types
 
 import gguf
 import gguf_files
@@ -146,6 +148,36 @@ def test_wrong_flags_are_told_before_any_work(modules, monkeypatch, capsys, tmp_
     assert ended.value.code == 2
     assert told in capsys.readouterr().err.splitlines()[-1]
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_told_in_a_line(modules, monkeypatch, capsys, tmp_path):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys, "argv", ["compare.py", str(tmp_path / "RESULT.json")])
+    monkeypatch.setattr(modules[0], "_compare", full)
+    with pytest.raises(SystemExit) as ended:
+        modules[0]._main()
+    assert ended.value.code == 2
+    assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_seconds_of_this_project_have_no_compilation(modules, monkeypatch):
+    import own_worker
+
+    clock = itertools.count(10.0, 10.0)
+    monkeypatch.setattr(own_worker, "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
+    kept = types.SimpleNamespace(indices=(0, 2))
+    seconds = {"tokenize": 1.0, "prefill": 2.0, "decode": 3.0, "compile": 4.0}
+    result = types.SimpleNamespace(timings=seconds, tokens=(7, 8), selection=kept)
+    runs = own_worker.Runs()
+    runs._case, runs._new_tokens = types.SimpleNamespace(text="a", question="b"), 2
+    runs._model = types.SimpleNamespace(
+        method=lambda name: types.SimpleNamespace(fields={"name": name}), generate=lambda *_, **__: result
+    )
+    answer = runs.run(method="full")
+    assert answer["seconds"] == {"tokenize": 1.0, "prefill": 2.0, "decode": 3.0, "total": 10.0 - 4.0}
+    assert (answer["tokens"], answer["held"], answer["settings"]) == ((7, 8), 2, {"name": "full"})
 
 
 def _peer(program, method, weights, decode, bits=32, **fields):

@@ -9,21 +9,30 @@ import statistics
 import subprocess
 import sys
 import time
+import types
 
 import gguf_files
+import jax
+import jax.numpy as jnp
 import pytest
 import tiny
 from model_files import GOLDEN, Folder
 from refusals import refusal
 
+from gemfilter_jax import files
 from gemfilter_jax.buckets import bucket
+from gemfilter_jax.calls import Call
 from gemfilter_jax.checkpoints import RandomWeights
 from gemfilter_jax.cli import bench as command
 from gemfilter_jax.cli import options
+from gemfilter_jax.errors import UserError
 from gemfilter_jax.evals import bench
 from gemfilter_jax.evals.runner import Contestant
+from gemfilter_jax.generate import loop
+from gemfilter_jax.pipeline import Pipeline
 from gemfilter_jax.planning import ceilings
 from gemfilter_jax.planning.ceilings import Ceilings
+from gemfilter_jax.results import KeptText, Result
 
 CONFIG = tiny.CONFIG
 KEEP, NEW_TOKENS, BATCH, REPEATS = 80, 4, 2, 2
@@ -101,6 +110,44 @@ def test_measures_of_each_run_and_over_the_runs(rows):
                 assert own["full_to_this_ratio"] == of_full["total_seconds"] / own["total_seconds"]
 
 
+def test_compilation_is_apart_and_the_peak_is_the_highest_of_the_runs(rows, model, monkeypatch):
+    """Of runs whose seconds and peaks are known; no stop token ends one."""
+    stopping = dataclasses.replace(model, checkpoint=dataclasses.replace(model.checkpoint, stop_tokens=(1,)))
+    events, compiling, peaks = [], iter([100.0, 7.0, 0.0, 0.0]), iter([30, 50, 40])
+
+    def answer(self, texts, questions, *, method, max_new_tokens):
+        events.append((len(texts), max_new_tokens, self.checkpoint.stop_tokens))
+        seconds = {"compile": next(compiling), "tokenize": 1.0, "prefill": 2.0, "decode": 3.0}
+        return [Result("", (), "length", KeptText("", 3, (0, 1, 2), ()), seconds)] * len(texts)
+
+    monkeypatch.setattr(Pipeline, "generate_batch", answer)
+    monkeypatch.setattr(bench, "_reset_peak", lambda: events.append("reset"))
+    monkeypatch.setattr(bench, "peak_memory", lambda: next(peaks))
+    monkeypatch.setattr(bench, "_work", lambda _: rows[0].work)
+    (row,) = _measured(stopping, contestants(model)[:1], LENGTHS[:1], repeats=3)
+    a_run = (BATCH, NEW_TOKENS, ())
+    assert events == [a_run, *["reset", a_run] * 3]
+    assert (row.compile_seconds, row.peak_bytes) == (100, 50)
+    assert [run["total_seconds"] for run in row.runs] == [6, 6, 6]
+    assert row.median["first_token_seconds"] == 3
+    assert row.median["tokens_per_second"] == BATCH * NEW_TOKENS / 6
+
+
+def test_bytes_of_a_program_are_its_arguments_results_and_temporaries():
+    x, small = jnp.ones((256, 256)), 4096  # the code, and what the compiler aligns
+    whole = Call(jax.jit(lambda x, y: x @ y), (x, x), {})
+    assert 3 * x.nbytes <= bench._program_bytes(whole) < 3 * x.nbytes + small
+    in_place = Call(jax.jit(lambda x: x + 1, donate_argnums=0), (x,), {})
+    assert x.nbytes <= bench._program_bytes(in_place) < x.nbytes + small
+
+
+@pytest.mark.parametrize("largest", ["score_prompt", "prefill", "decode"])
+def test_the_largest_program_may_be_any(model, monkeypatch, largest):
+    monkeypatch.setattr(bench, "_program_bytes", lambda call: 9 if call.function.__name__ == largest else 1)
+    (row,) = _measured(model, contestants(model)[1:2], LENGTHS[:1])
+    assert row.work.largest_program_bytes == 9
+
+
 def _row(rows, method, attention=None):
     return next(row for row in rows if (row.method, row.filter_attention) == (method, attention))
 
@@ -153,6 +200,14 @@ def test_a_decode_step_reads_the_weights_and_the_cache_as_allocated(rows):
     assert row.work.largest_program_bytes > weights + cache
 
 
+def test_a_decode_step_reads_an_lm_head_in_place_of_the_embedding(monkeypatch):
+    monkeypatch.setattr(bench, "_program_bytes", lambda _: 1)
+    sizes = {"layers": 3, "final_norm": 5, "embedding": 700, "lm_head": 11}
+    model = types.SimpleNamespace(**{name: jnp.zeros(size, jnp.int8) for name, size in sizes.items()})
+    state = types.SimpleNamespace(cache=types.SimpleNamespace(keys=jnp.zeros(13), values=jnp.zeros(17)))
+    assert bench._work([Call(loop.decode, (model, state), {})]).decode_step_bytes == 3 + 5 + 11 + 4 * (13 + 17)
+
+
 def test_shares_of_ceilings(rows):
     for row in rows:
         work, median = row.work, row.median
@@ -175,6 +230,27 @@ def test_measured_ceilings_are_above_what_this_model_reaches(rows, monkeypatch):
     assert all(0 < share < 1.2 for share in shares if share is not None)
 
 
+@pytest.mark.parametrize(
+    ("files", "apart"),
+    [
+        ({"clear_refs": "", "status": "VmHWM:\t    12 kB\n"}, True),
+        ({"clear_refs": "", "status": "VmRSS:\t    12 kB\n"}, False),
+        ({"status": "VmHWM:\t    12 kB\n"}, False),
+        ({}, False),
+    ],
+)
+def test_memory_is_that_of_the_largest_program_where_the_system_tells_no_peak(
+    rows, monkeypatch, tmp_path, files, apart
+):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(bench, "_PROCESS", tmp_path)
+    bench._reset_peak()
+    assert bench.peak_memory() == (12 * 1024 if apart else 0)
+    assert rows[0].memory == (rows[0].peak_bytes if apart else rows[0].work.largest_program_bytes)
+    assert bench.memory_shown() == ("peak memory" if apart else "memory of the largest program")
+
+
 def test_one_new_token_has_no_decode_step(model):
     (row,) = _measured(model, contestants(model)[:1], LENGTHS[:1], new_tokens=1)
     assert "decode_step_seconds" not in row.median
@@ -185,6 +261,14 @@ def test_a_prompt_beyond_the_context_is_refused_before_any_run(model, monkeypatc
     monkeypatch.setattr(bench, "_rows", None)  # called by a run
     message = refusal(_measured, model, contestants(model), [40, 300])
     assert "exceed the model's context of 256" in message
+
+
+@pytest.mark.parametrize("name", ["default", "bm25"])
+def test_a_budget_too_small_for_the_question_is_refused_before_any_run(model, monkeypatch, name):
+    monkeypatch.setattr(bench, "_rows", None)
+    small = Contestant(name, 4, model.method(name, keep=4))
+    message = refusal(_measured, model, [*contestants(model)[:1], small], LENGTHS)
+    assert "keep is 4, but the template and the question alone are" in message
 
 
 def _main(monkeypatch, model, *given: str, loaded: list | None = None) -> None:
@@ -224,7 +308,8 @@ def test_the_file_holds_all_runs_and_what_they_were_made_with(model, monkeypatch
     assert told["shape"]["parameters"] == weights + untied
     assert told["shape"]["weight_bytes"] == 4 * (weights + untied)
     assert [told["shape"][name] for name in ("layers", "width", "heads", "kv_heads")] == [4, 32, 4, 2]
-    assert (told["dtype"], told["weights"]) == ("float32", "float")
+    assert (told["dtype"], told["weights"], told["attention"]) == ("float32", "float", "auto")
+    assert told["mesh"] == {"data": 1, "seq": 1, "model": 1}
     assert told["environment"]["jax"]
     assert [one["options"].get("filter_attention") for one in told["methods"]] == ["auto", "dense", None]
     printed, remarks = capsys.readouterr()
@@ -250,6 +335,19 @@ def test_a_run_that_is_cut_leaves_the_lengths_that_are_done(model, monkeypatch, 
     assert (told["finished"], told["lengths"]) == (False, [70, 74])
     assert [row["method"] for row in told["rows"]] == ["default", "bm25"]
     assert os.listdir(tmp_path) == ["bench.json"]
+
+
+def test_what_is_measured_is_shown_when_it_cannot_be_written(rows, model, monkeypatch, tmp_path, capsys):
+    def full(path, _):
+        raise UserError(f"{path}: cannot be written (No space left on device)")
+
+    monkeypatch.setattr(bench, "run", lambda *_, **__: [rows[:4], rows[4:]])
+    monkeypatch.setattr(files, "write_whole", full)
+    made = tmp_path / "bench.json"
+    assert "No space left" in (refusal(_main, monkeypatch, model, *SMALL, f"--output={made}") or "")
+    shown = capsys.readouterr().out
+    assert shown.count(f" {rows[0].prompt_tokens} ") >= 4  # the first length's rows; the second was not reached
+    assert f" {rows[4].prompt_tokens} " not in shown
 
 
 @pytest.mark.exhaustive
