@@ -1,14 +1,12 @@
 """Attention on NVIDIA GPUs by cuDNN's flash attention, through `jax.nn.dot_product_attention`."""
 
-from typing import Final
-
 import jax
 import jax.numpy as jnp
 
 from gemfilter_jax.ops.attention.visibility import TriShape, refuse_positions, static_window
 from gemfilter_jax.ops.dispatch import check_compute_capability
 
-_BLOCK: Final = 512
+_BLOCK = 512
 
 
 def causal(

@@ -339,8 +339,8 @@ def to_cache(
         queries = scaled(q[:, 0], q.shape[-1] ** -0.5 if scale is None else scale)
         queries = rearrange(queries, "b (g r) e -> b g r 1 e", g=groups) * own
         k, v = (rearrange(x, "b c g e -> b c (g e)") for x in (k, v))
-        logits = products("bcd,bhd->bch", k, rearrange(queries, "b g r h e -> b (g r) (h e)"))
-        logits = rearrange(logits, "b c (g r) -> b g r c", g=groups)
+        logits = products("bhd,bcd->bhc", rearrange(queries, "b g r h e -> b (g r) (h e)"), k)
+        logits = rearrange(logits, "b (g r) c -> b g r c", g=groups)
         key_positions = key_positions[:, None] if key_positions.ndim == 2 else key_positions
         distance = positions[:, None, None] - key_positions
         visible = (key_positions >= 0) & (distance >= 0)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from typing import Final
 
 import gpu_compiler
 import jax
@@ -16,10 +15,10 @@ from gemfilter_jax.models.transformer import Decoder
 from gemfilter_jax.planning import models, programs
 from gemfilter_jax.planning.programs import Request
 
-_CONFIG: Final = models.config_of("llama-3.1-8b")
-_CARD: Final = 80e9
-_LENGTHS: Final = (2**17, 2**20)
-_FORMS: Final = ("tri_shape", "dense")
+_CONFIG = models.config_of("llama-3.1-8b")
+_CARD = 80e9
+_LENGTHS = (2**17, 2**20)
+_FORMS = ("tri_shape", "dense")
 
 
 @pytest.mark.exhaustive
