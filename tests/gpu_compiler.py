@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import hlo_traffic
 import jax
@@ -56,6 +57,11 @@ def compiled(file: str, target: str) -> dict[str, dict[str, int]]:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def placed(tree: Any, gpu: jax.sharding.Sharding) -> Any:
+    """The shapes of a tree's arrays, on the GPU."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=gpu), tree)
 
 
 def unstacked(model: Decoder) -> Decoder:

@@ -175,8 +175,8 @@ def _llama_files(stack: contextlib.ExitStack, model: str) -> dict[str, pathlib.P
 
 def _others(
     stack: contextlib.ExitStack, arguments: argparse.Namespace, model: str, layer: int
-) -> tuple[dict[str, Worker], dict[str, str], dict[str, str], dict[str, float]]:
-    """Workers of other programs by name, why there is none for others, versions, and bits of weights of this model."""
+) -> tuple[dict[str, Worker], dict[str, dict[str, Any]], dict[str, str]]:
+    """Workers of other programs by name, what each says of itself, and why there is none for others."""
     given = {"threads": arguments.threads, "new_tokens": arguments.new_tokens}
     command = _command("torch_worker", arguments.torch_python)
     of_torch = given | {"model": model, "keep": arguments.keep, "layer": layer}
@@ -192,16 +192,16 @@ def _others(
             wanted[_worker(_LLAMA, weights)] = (command, request, gguf_weights.bits(path))
     else:
         missing = {peer.worker: "no --llama_folder was given" for peer in PEERS if peer.program == _LLAMA}
-    workers, versions = {}, {}
-    for name, (command, request, _) in wanted.items():
+    workers, loaded = {}, {}
+    for name, (command, request, bits) in wanted.items():
         try:
             worker = stack.enter_context(contextlib.closing(Worker(command)))
-            versions |= worker.ask("load", **request)["versions"]
+            loaded[name] = worker.ask("load", **request) | {"bits": bits}
             workers[name] = worker
         except WorkerError as error:
             missing[name] = str(error)
             print(f"{name} is not measured: {error}", file=sys.stderr)
-    return workers, missing, versions, {name: bits for name, (_, _, bits) in wanted.items()}
+    return workers, loaded, missing
 
 
 def _processor() -> str:
@@ -220,20 +220,20 @@ def _compare(arguments: argparse.Namespace) -> dict[str, Any]:
             own[name] = stack.enter_context(contextlib.closing(Worker(_command("own_worker"))))
             loaded[name] = own[name].ask("load", **given, options=options)
         first = next(iter(loaded.values()))
-        others, missing, versions, bits = _others(stack, arguments, first["model"], first["layer"])
+        others, more, missing = _others(stack, arguments, first["model"], first["layer"])
         records = measure(PEERS, own | others, missing, first["ids"], arguments.rounds)
         answers = [record.get("tokens", []) for record in records]
         texts = next(iter(own.values())).ask("decode", answers=answers)["texts"]
-    bits |= {name: answer["bits"] for name, answer in loaded.items()}
+    loaded |= more
     kept_here = set(records[0].pop("kept"))
     for peer, record, text in zip(PEERS, records, texts, strict=True):
         if "runs" not in record:
             continue
-        record |= {"bits": bits[peer.worker], "answer": text}
+        record |= {"bits": loaded[peer.worker]["bits"], "answer": text}
         if "kept" in record:
             record["kept_as_here"] = len(kept_here.intersection(record.pop("kept")))
     return {
-        "versions": first["versions"] | versions,
+        "versions": {name: version for one in loaded.values() for name, version in one["versions"].items()},
         "processor": _processor(),
         "model": pathlib.Path(first["model"]).name,
         "prompt_tokens": len(first["ids"]),

@@ -7,23 +7,14 @@ import dataclasses
 import time
 from typing import Any
 
-import jax
-
 import gemfilter_jax
 from gemfilter_jax.checkpoints import embedded
 from gemfilter_jax.errors import UserError
 from gemfilter_jax.evals import bench
 from gemfilter_jax.evals.tasks.needles import Needles
 from gemfilter_jax.methods.base import Method
-from gemfilter_jax.models.transformer import Decoder
 from gemfilter_jax.text.prompt import encode
 from gemfilter_jax.timing import COMPILE
-
-
-def _bits(model: Decoder) -> float:
-    """Bits that are held for a weight, scales included, on average."""
-    leaves = jax.tree.leaves(model)
-    return 8 * sum(leaf.nbytes for leaf in leaves) / sum(leaf.size for leaf in leaves)
 
 
 class Runs:
@@ -46,12 +37,12 @@ class Runs:
         if keep >= len(ids):
             raise UserError(f"--keep={keep} keeps all of a prompt of {len(ids)} tokens; give less, or more --tokens")
         self._method("default").check_required(prompt, keep)
-        environment = bench.environment()
+        environment, shape = bench.environment(), bench.shape(model.checkpoint.model)
         del environment["memory"]
         return {
             "versions": environment,
             "model": str(embedded.locate()),
-            "bits": _bits(model.checkpoint.model),
+            "bits": 8 * shape["weight_bytes"] / shape["parameters"],
             "layer": self._method("paper").filter_layer,
             "ids": ids,
         }

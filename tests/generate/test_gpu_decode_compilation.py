@@ -100,10 +100,7 @@ def _model_and_state():
 
 
 def _decode(gpu: jax.sharding.Sharding) -> jax.stages.Lowered:
-    def on_gpu(leaf):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=gpu)
-
-    return loop.decode.lower(*jax.tree.map(on_gpu, _model_and_state()))
+    return loop.decode.lower(*gpu_compiler.placed(_model_and_state(), gpu))
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def causal(
 
 
 def without_padding(x: jax.Array, lengths: jax.Array) -> jax.Array:
-    """x [B, S, ...] with zeros in rows from `lengths` [B] on, in place: only blocks with such rows are touched."""
+    """x [B, S, H, E] with zeros in rows from `lengths` [B] on, in place: only blocks with such rows are touched."""
     size = x.shape[1]
     block = min(_BLOCK, size)
 
@@ -67,7 +67,6 @@ def without_padding(x: jax.Array, lengths: jax.Array) -> jax.Array:
         start = jnp.minimum(index * block, size - block)
         rows = jax.lax.dynamic_slice_in_dim(x, start, block, 1)
         real = start + jnp.arange(block) < lengths[:, None]
-        cleared = jnp.where(real.reshape(*real.shape, *(1,) * (x.ndim - 2)), rows, 0)
-        return jax.lax.dynamic_update_slice_in_dim(x, cleared, start, 1)
+        return jax.lax.dynamic_update_slice_in_dim(x, jnp.where(real[..., None, None], rows, 0), start, 1)
 
     return jax.lax.fori_loop(lengths.min() // block, -(-size // block), clear, x)

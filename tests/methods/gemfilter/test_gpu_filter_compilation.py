@@ -55,11 +55,7 @@ def _held(layers: int) -> int:
 def _lowered(gpu: jax.sharding.Sharding, tokens: int, form: str) -> jax.stages.Lowered:
     method = dataclasses.replace(presets.preset_for(_CONFIG).method("default"), filter_attention=form)
     program = programs.filtering(_model(_CONFIG.layers), Request(_CONFIG, tokens, method))
-
-    def on_gpu(leaf):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=gpu)
-
-    model, arguments = jax.tree.map(on_gpu, (program.model, program.arguments))
+    model, arguments = gpu_compiler.placed((program.model, program.arguments), gpu)
     return program.function.lower(model, *arguments, **program.options)
 
 
